@@ -1,0 +1,1 @@
+"""Experiments, one file each, loaded by path: `get_config(argument)` returns a `train.config.Experiment`."""

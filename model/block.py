@@ -1,0 +1,101 @@
+"""One layer of the transformer: self-attention and a feed-forward block around a residual stream.
+
+Legend: B batch, T tokens, D embed_dim, H heads, G kv_heads, K head_dim.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+from flax import nnx
+
+from model import cache as kv_cache
+from model.attention import Place, attend
+from model.config import ModelConfig
+from model.dropout import dropout
+from model.linear import Linear
+from model.mlp import MLP
+from model.norms import Norm
+from model.rope import rotate
+from tpu.rules import constrain
+
+
+class SelfAttention(nnx.Module):
+    """Multi-head, grouped-query or multi-query attention of a layer of the given kind ("global" or "local")."""
+
+    def __init__(self, config: ModelConfig, kind: str, rngs: nnx.Rngs):
+        embed, head_dim = (config.embed_dim, "embed"), (config.head_dim, "head_dim")
+        heads, kv_heads = (config.heads, "heads"), (config.kv_heads, "kv_heads")
+        self.query = Linear(config, (embed,), (heads, head_dim), config.attention_bias, rngs)
+        self.key = Linear(config, (embed,), (kv_heads, head_dim), config.attention_bias, rngs)
+        self.value = Linear(config, (embed,), (kv_heads, head_dim), config.attention_bias, rngs)
+        self.out = Linear(config, (heads, head_dim), (embed,), config.attention_bias, rngs, residual=True)
+        self.query_norm = Norm(config, config.head_dim, "norm", rngs, "rmsnorm") if config.qk_norm else None
+        self.key_norm = Norm(config, config.head_dim, "norm", rngs, "rmsnorm") if config.qk_norm else None
+        self.window = config.window if kind == "local" else 0
+        self.kind = config.attention
+        self.softcap = config.attention_softcap
+        self.dropout_rate = config.attention_dropout
+
+    def __call__(
+        self, x: jax.Array, place: Place, slots: Place | None, rotation: Any, cached: Any, key: jax.Array | None
+    ) -> tuple[jax.Array, Any]:
+        """x [B, T, D] -> ([B, T, D], the cache with this call's keys and values written).
+
+        Args:
+          place: of the T tokens. slots: of the cache's keys, None without a cache.
+          rotation: `model.rope.rotation` of the positions, or None.
+          cached: (keys, values) [B, G, S, K], or None.
+          key: for dropout, or None.
+        """
+        q, k, v = self.query(x), self.key(x), self.value(x)  # [B, T, H, K], [B, T, G, K] twice
+        if self.query_norm is not None:
+            q, k = self.query_norm(q), self.key_norm(k)
+        if rotation is not None:
+            q, k = rotate(q, rotation), rotate(k, rotation)
+        q, k, v = (constrain(a.swapaxes(1, 2), "batch", "activation_heads", "sequence", "head_dim") for a in (q, k, v))
+        keys = place
+        if cached is not None:
+            cached = k, v = kv_cache.write(cached, k, v, place.positions)
+            keys = slots
+        out = attend(
+            q,
+            k,
+            v,
+            place,
+            keys,
+            kind=self.kind,
+            window=self.window,
+            softcap=self.softcap,
+            dropout_rate=self.dropout_rate,
+            key=key,
+        )
+        return self.out(out.swapaxes(1, 2)), cached
+
+
+class Block(nnx.Module):
+    """Attention, then feed-forward; normalised before each (GPT-2) or after each sum (the original Transformer)."""
+
+    def __init__(self, config: ModelConfig, kind: str, rngs: nnx.Rngs):
+        self.attention_norm = Norm(config, config.embed_dim, "norm", rngs)
+        self.attention = SelfAttention(config, kind, rngs)
+        self.mlp_norm = Norm(config, config.embed_dim, "norm", rngs)
+        self.mlp = MLP(config, rngs)
+        self.norm_first = config.norm_order == "pre"
+        self.dropout_rate = config.residual_dropout
+
+    def __call__(
+        self, h: jax.Array, place: Place, slots: Place | None, rotation: Any, cached: Any, key: jax.Array | None
+    ) -> tuple[jax.Array, Any]:
+        """h [B, T, D] -> ([B, T, D], cache); arguments as `SelfAttention`."""
+        keys = (None, None, None) if key is None else jax.random.split(key, 3)
+        with jax.named_scope("attention"):
+            x = self.attention_norm(h) if self.norm_first else h
+            out, cached = self.attention(x, place, slots, rotation, cached, keys[0])
+            h = h + dropout(out, self.dropout_rate, keys[1])
+            h = h if self.norm_first else self.attention_norm(h)
+        with jax.named_scope("mlp"):
+            h = h + dropout(self.mlp(self.mlp_norm(h) if self.norm_first else h), self.dropout_rate, keys[2])
+            h = h if self.norm_first else self.mlp_norm(h)
+        return constrain(h, "batch", "sequence", "activation_embed"), cached

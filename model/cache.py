@@ -1,0 +1,55 @@
+"""The key-value cache of generation: explicit state, passed in and handed back.
+
+Legend: B rows, S slots (the longest sequence a row may reach), G kv_heads, K head_dim.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from model.attention import Place
+from model.config import ModelConfig
+
+
+class Cache(NamedTuple):
+    """What a row has seen. The token at position p of a row lies in slot p."""
+
+    slots: Place  # [B, S]: segment 1 where a slot is written, 0 elsewhere; position = slot number
+    layers: Any  # {"layer_i": (keys, values)} per group of layers, [B, G, S, K] each: stacked, or a list when unrolled
+
+
+def empty_cache(config: ModelConfig, rows: int, slots: int) -> Cache:
+    """A cache with nothing in it, in the compute dtype."""
+    shape = (rows, config.kv_heads, slots, config.head_dim)
+    groups = config.layers // len(config.pattern)
+
+    def group(lead: tuple[int, ...]) -> dict[str, tuple[jax.Array, jax.Array]]:
+        return {
+            f"layer_{i}": (jnp.zeros(lead + shape, config.compute_dtype), jnp.zeros(lead + shape, config.compute_dtype))
+            for i in range(len(config.pattern))
+        }
+
+    layers = [group(()) for _ in range(groups)] if config.layer_loop == "unroll" else group((groups,))
+    positions = jnp.broadcast_to(jnp.arange(slots, dtype=jnp.int32), (rows, slots))
+    return Cache(Place(jnp.zeros((rows, slots), jnp.int32), positions), layers)
+
+
+def write_slots(slots: Place, place: Place) -> Place:
+    """Marks the slots at `place.positions` [B, T] with `place.segments` (1: a token, 0: padding)."""
+    rows = jnp.arange(slots.segments.shape[0])[:, None]
+    return Place(slots.segments.at[rows, place.positions].set(place.segments), slots.positions)
+
+
+def write(
+    cached: tuple[jax.Array, jax.Array], k: jax.Array, v: jax.Array, positions: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """Puts keys and values k, v [B, G, T, K] of one layer into the slots `positions` [B, T] of cached [B, G, S, K]."""
+    rows = jnp.arange(k.shape[0])[:, None]
+
+    def put(slots: jax.Array, new: jax.Array) -> jax.Array:
+        return slots.at[rows, :, positions].set(new.swapaxes(1, 2).astype(slots.dtype))
+
+    return put(cached[0], k), put(cached[1], v)

@@ -1,0 +1,153 @@
+"""The only place where an activation meets a weight matrix.
+
+A weight is an array, or a small pytree class with a method `matmul(x, contract, dtype)` (a low-rank adapted, pruned or
+quantised weight); no other file knows which.
+
+Legend: N rows (all leading dimensions), I inputs, O outputs.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from model.config import ModelConfig
+
+Initializer = Callable[[jax.Array, tuple[int, ...], int, int], jax.Array]
+
+
+def parameter(
+    rngs: nnx.Rngs, shape: tuple[int, ...], axes: tuple[str, ...], dtype: str, initialize: Callable
+) -> nnx.Param:
+    """Declares one weight: shape, one logical axis per dimension, and `initialize(key, shape)`, drawn in float32."""
+    if len(axes) != len(shape):
+        raise ValueError(f"axes {axes} do not name the dimensions of {shape}")
+    return nnx.Param(initialize(rngs.params(), shape).astype(dtype), axes=axes)
+
+
+def zeros(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+    """The start of a bias."""
+    return jnp.zeros(shape)
+
+
+def ones(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+    """The start of a norm's scale."""
+    return jnp.ones(shape)
+
+
+def initializer(config: ModelConfig, residual: bool = False) -> Initializer:
+    """How weight matrices start: (key, shape, fan_in, fan_out) -> float32 array.
+
+    "gpt2" (GPT-2 report, section 2.3): normal(init_std), and for projections into the residual stream divided by the
+    square root of the number of such projections, 2 * layers. "normal": the same without that division. "fan_in":
+    normal with variance 1 / fan_in (LeCun). "xavier": uniform with variance 2 / (fan_in + fan_out) (Glorot).
+    """
+
+    def initialize(key: jax.Array, shape: tuple[int, ...], fan_in: int, fan_out: int) -> jax.Array:
+        if config.init == "xavier":
+            limit = math.sqrt(6 / (fan_in + fan_out))
+            return jax.random.uniform(key, shape, minval=-limit, maxval=limit)
+        std = 1 / math.sqrt(fan_in) if config.init == "fan_in" else config.init_std
+        if config.init == "gpt2" and residual:
+            std /= math.sqrt(2 * config.layers)
+        return std * jax.random.normal(key, shape)
+
+    return initialize
+
+
+class Linear(nnx.Module):
+    """y = x W + b, contracting the last `len(inputs)` dimensions of x.
+
+    Args:
+      config: gives dtypes, initialisation and the form of the product.
+      inputs, outputs: (size, logical axis) of each contracted and each produced dimension.
+      bias: whether b exists (starts at zero).
+      residual: whether the result is added to the residual stream.
+    """
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        inputs: tuple[tuple[int, str], ...],
+        outputs: tuple[tuple[int, str], ...],
+        bias: bool,
+        rngs: nnx.Rngs,
+        residual: bool = False,
+    ):
+        fan_in, fan_out = math.prod(s for s, _ in inputs), math.prod(s for s, _ in outputs)
+        shape, axes = zip(*inputs, *outputs, strict=True)
+        draw = initializer(config, residual)
+        self.kernel = parameter(rngs, shape, axes, config.weight_dtype, lambda k, s: draw(k, s, fan_in, fan_out))
+        out_shape, out_axes = zip(*outputs, strict=True)
+        self.bias = parameter(rngs, out_shape, out_axes, config.weight_dtype, zeros) if bias else None
+        self.contract = len(inputs)
+        self.compute_dtype = config.compute_dtype
+        self.platform = config.platform
+
+    def __call__(self, x: jax.Array, dtype: str | None = None) -> jax.Array:
+        """Returns [..., *outputs] in `dtype` (default: the compute dtype)."""
+        y = matmul(x, self.kernel.get_value(), self.contract, self.compute_dtype, self.platform)
+        if self.bias is not None:
+            y = y + self.bias.get_value()
+        return y.astype(dtype or self.compute_dtype)
+
+
+def matmul(x: jax.Array, weight: Any, contract: int, dtype: str, platform: str, transposed: bool = False) -> jax.Array:
+    """x [..., *inputs] times weight [*inputs, *outputs] -> [..., *outputs]; transposed, weight is [outputs, inputs].
+
+    Operands are rounded to `dtype`; products are accumulated and returned in float32. `contract` is the number of
+    input dimensions; `platform` ("cpu", "gpu", "tpu") chooses the form that the compiler there does best.
+    """
+    if not isinstance(weight, jax.Array):
+        return weight.matmul(x, contract, dtype)
+    if platform != "cpu":
+        x_axes = tuple(range(x.ndim - contract, x.ndim))
+        w_axes = (weight.ndim - 1,) if transposed else tuple(range(contract))
+        return _dot(x.astype(dtype), weight.astype(dtype), x_axes, w_axes)
+    rows, width = x.shape[: x.ndim - contract], math.prod(x.shape[x.ndim - contract :])
+    if transposed:
+        return _cpu_matmul(x.reshape(-1, width), weight, dtype, True).reshape(*rows, weight.shape[0])
+    y = _cpu_matmul(x.reshape(-1, width), weight.reshape(width, -1), dtype, False)
+    return y.reshape(*rows, *weight.shape[contract:])
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
+def _cpu_matmul(x: jax.Array, w: jax.Array, dtype: str, transposed: bool) -> jax.Array:
+    """x [N, I] times w [I, O] (transposed: w [O, I]) -> [N, O] float32, with gradients in XLA:CPU's fast forms.
+
+    Only products of two bfloat16 operands accumulated and returned in float32 reach the bfloat16 instructions, and a
+    transposition folded into a product leaves the fast kernels (docs/performance.md).
+    """
+    return _dot(x.astype(dtype), w.astype(dtype), (1,), (1,) if transposed else (0,))
+
+
+def _cpu_matmul_forward(x: jax.Array, w: jax.Array, dtype: str, transposed: bool) -> tuple[jax.Array, tuple]:
+    return _cpu_matmul(x, w, dtype, transposed), (x.astype(dtype), jnp.zeros((0,), x.dtype), w)
+
+
+def _cpu_matmul_backward(dtype: str, transposed: bool, saved: tuple, g: jax.Array) -> tuple[jax.Array, jax.Array]:
+    x, like_x, w = saved
+    g = g.astype(dtype)
+    dx = _dot(g, w.astype(dtype), (1,), (0,) if transposed else (1,))
+    dw = _dot(_moved(g), x, (1,), (0,)) if transposed else _dot(_moved(x), g, (1,), (0,))
+    return dx.astype(like_x.dtype), dw.astype(w.dtype)
+
+
+_cpu_matmul.defvjp(_cpu_matmul_forward, _cpu_matmul_backward)
+
+
+def _dot(a: jax.Array, b: jax.Array, a_axes: tuple[int, ...], b_axes: tuple[int, ...]) -> jax.Array:
+    return jax.lax.dot_general(a, b, ((a_axes, b_axes), ((), ())), preferred_element_type=jnp.float32)
+
+
+def _moved(a: jax.Array) -> jax.Array:
+    """The transpose of a [N, I], moved in memory: the reshape keeps XLA from folding it into the product."""
+    n, i = a.shape
+    blocks = 2 if n % 2 == 0 else 1
+    return a.reshape(blocks, n // blocks, i).transpose(2, 0, 1).reshape(i, n)

@@ -1,0 +1,130 @@
+"""The decoder-only transformer (GPT-1 to GPT-3, Llama and relatives): tokens in, hidden states and logits out.
+
+Modules describe; they are used functionally. `build` gives the graph and the abstract weights, `init` the weights, and
+`bind` joins graph and weights into a model to call, inside or outside of `jax.jit`. Weights are a plain nested
+dictionary of arrays.
+
+Legend: B batch, T tokens, D embed_dim, V vocab_size.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from model.attention import Place
+from model.cache import Cache, write_slots
+from model.config import ModelConfig
+from model.dropout import dropout
+from model.linear import Linear, initializer, matmul, parameter
+from model.norms import Norm
+from model.positions import sinusoidal
+from model.rope import rotation
+from model.stack import Stack
+from tpu.rules import constrain
+
+Weights = dict[str, Any]
+
+
+class Embedding(nnx.Module):
+    """A table with one row per token or position; a tied head multiplies by its transpose."""
+
+    def __init__(self, config: ModelConfig, rows: int, axis: str, rngs: nnx.Rngs):
+        draw = initializer(config)
+        if config.init in ("fan_in", "xavier"):
+
+            def initialize(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+                return config.init_std * jax.random.normal(key, shape)
+        else:
+
+            def initialize(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+                return draw(key, shape, *shape)
+
+        self.embedding = parameter(rngs, (rows, config.embed_dim), (axis, "embed"), config.weight_dtype, initialize)
+        self.compute_dtype, self.platform = config.compute_dtype, config.platform
+
+    def __call__(self, indices: jax.Array) -> jax.Array:
+        """indices [B, T] int32 -> [B, T, D] in the compute dtype."""
+        return jnp.take(self.embedding.get_value(), indices, axis=0).astype(self.compute_dtype)
+
+    def logits(self, h: jax.Array) -> jax.Array:
+        """h [..., D] -> [..., V] float32."""
+        return matmul(h, self.embedding.get_value(), 1, self.compute_dtype, self.platform, transposed=True)
+
+
+class Head(nnx.Module):
+    """The output projection, tied to the token embedding or its own, with an optional soft-cap on the logits."""
+
+    def __init__(self, config: ModelConfig, embedding: Embedding, rngs: nnx.Rngs):
+        self.embedding = embedding if config.tied_head else None
+        embed, vocab = ((config.embed_dim, "embed"),), ((config.vocab_size, "vocab"),)
+        self.linear = None if config.tied_head else Linear(config, embed, vocab, False, rngs)
+        self.softcap = config.logits_softcap
+
+    def __call__(self, h: jax.Array) -> jax.Array:
+        """h [..., D] -> logits [..., V] float32."""
+        logits = self.linear(h, "float32") if self.embedding is None else self.embedding.logits(h)
+        return self.softcap * jnp.tanh(logits / self.softcap) if self.softcap else logits
+
+
+class Transformer(nnx.Module):
+    """Embedding, stack of layers, final norm (pre-norm only) and head."""
+
+    def __init__(self, config: ModelConfig, rngs: nnx.Rngs):
+        self.positions, self.dropout_rate = config.positions, config.embedding_dropout
+        self.embed_dim, self.head_dim, self.rope_theta = config.embed_dim, config.head_dim, config.rope_theta
+        learned = config.positions == "learned"
+        self.embedding = Embedding(config, config.vocab_size, "vocab", rngs)
+        self.position_embedding = Embedding(config, config.max_positions, "positions", rngs) if learned else None
+        self.stack = Stack(config, rngs)
+        self.final_norm = Norm(config, config.embed_dim, "norm", rngs) if config.norm_order == "pre" else None
+        self.head = Head(config, self.embedding, rngs)
+
+    def __call__(
+        self, tokens: jax.Array, place: Place, cache: Cache | None = None, key: jax.Array | None = None
+    ) -> tuple[jax.Array, Cache | None]:
+        """tokens [B, T] int32 at `place` -> (final hidden states [B, T, D], the cache with these tokens in it).
+
+        Args:
+          cache: where earlier tokens of the rows are; None for training.
+          key: for dropout; None for none.
+        """
+        stack_key = None
+        if key is not None:
+            key, stack_key = jax.random.split(key)
+        with jax.named_scope("embedding"):
+            h = self.embedding(tokens)
+            if self.position_embedding is not None:
+                h = h + self.position_embedding(place.positions)
+            elif self.positions == "sinusoidal":
+                h = h + sinusoidal(place.positions, self.embed_dim).astype(h.dtype)
+            h = dropout(constrain(h, "batch", "sequence", "activation_embed"), self.dropout_rate, key)
+        turn = rotation(place.positions, self.head_dim, self.rope_theta) if self.positions == "rope" else None
+        slots = None if cache is None else write_slots(cache.slots, place)
+        h, layers = self.stack(h, place, slots, turn, None if cache is None else cache.layers, stack_key)
+        if self.final_norm is not None:
+            h = self.final_norm(h)
+        return h, None if cache is None else Cache(slots, layers)
+
+
+def build(config: ModelConfig) -> tuple[nnx.GraphDef, Weights, Any]:
+    """The graph, the abstract weights (jax.ShapeDtypeStruct) and, alike in structure, each weight's logical axes.
+
+    Allocates nothing and touches no device. `config` must be `resolved` and `placed`.
+    """
+    graphdef, state = nnx.split(nnx.eval_shape(lambda: Transformer(config, nnx.Rngs(0))))
+    axes = jax.tree.map(lambda p: p.get_metadata("axes"), state, is_leaf=lambda n: isinstance(n, nnx.Variable))
+    return graphdef, nnx.to_pure_dict(state), nnx.to_pure_dict(axes)
+
+
+def init(config: ModelConfig, key: jax.Array) -> Weights:
+    """Draws the weights; call inside `jax.jit` with `out_shardings` to lay them out as they are made."""
+    return nnx.to_pure_dict(nnx.state(Transformer(config, nnx.Rngs(key))))
+
+
+def bind(graphdef: nnx.GraphDef, weights: Weights) -> Transformer:
+    """The model that computes with these weights."""
+    return nnx.merge(graphdef, nnx.State(weights))

@@ -1,0 +1,1 @@
+"""How it is used: sampling and text generation."""

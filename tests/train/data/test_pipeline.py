@@ -1,0 +1,285 @@
+"""The data path end to end: a batch is a function of (seed, step), on any number of hosts, from any start."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import json
+import logging
+import os
+import subprocess
+import sys
+import threading
+import time
+
+import numpy as np
+import pytest
+
+from tpu.errors import UserError
+from train.config import DataConfig
+from train.data import pipeline
+from train.data.batch import Batch
+from train.data.packing import PackedRows
+from train.data.tokenizer import ByteTokenizer, train_bpe
+
+CONTEXT = 8
+
+
+def rows_of(first: int, count: int) -> PackedRows:
+    """Rows that can be told apart: row i holds the token first + i, and no end of document."""
+    stream = np.repeat(np.arange(first, first + count), CONTEXT).astype(np.uint16)
+    return PackedRows(stream, CONTEXT, 60_000, keep_last=False)
+
+
+def corpus_of(*rows: PackedRows) -> pipeline.Corpus:
+    return pipeline.Corpus(ByteTokenizer(), rows, (), 0, 0, {})
+
+
+def take(count: int, corpus, data, seed=0, start=0, **hosts) -> list[Batch]:
+    batches = pipeline.train_batches(corpus, data, seed, start, **hosts)
+    found = list(itertools.islice(batches, count))
+    batches.close()
+    return found
+
+
+def ids(batches: list[Batch]) -> list[int]:
+    return [int(i) for batch in batches for i in batch.tokens[:, 0]]
+
+
+ONE = corpus_of(rows_of(0, 20))
+TWO = corpus_of(rows_of(0, 20), rows_of(1000, 30))
+
+
+def config(**fields) -> DataConfig:
+    return DataConfig(context=CONTEXT, **{"batch_size": 4} | fields)
+
+
+def assert_equal(a: list[Batch], b: list[Batch]) -> None:
+    assert len(a) == len(b) > 0
+    for x, y in zip(a, b, strict=True):
+        for name, array in x._asdict().items():
+            np.testing.assert_array_equal(array, getattr(y, name), err_msg=name)
+
+
+def test_shapes_and_dtypes():
+    (batch,) = take(1, ONE, config())
+    assert isinstance(batch, Batch)
+    assert {array.shape for array in batch} == {(4, CONTEXT)}
+    assert [str(array.dtype) for array in batch] == ["int32", "int32", "float32", "int32", "int32"]
+
+
+@pytest.mark.parametrize("corpus", [ONE, TWO])
+@pytest.mark.parametrize("start", [1, 7, 23])
+def test_a_batch_depends_on_its_step_only(corpus, start):
+    data = config(weights=() if corpus is ONE else (0.3, 0.7))
+    whole = take(start + 5, corpus, data, seed=3)
+    assert_equal(take(5, corpus, data, seed=3, start=start), whole[start:])
+
+
+def test_seeds_differ():
+    assert ids(take(5, ONE, config(), seed=0)) != ids(take(5, ONE, config(), seed=1))
+    take(1, ONE, config(), seed=2**40)  # any non-negative seed will do
+
+
+def test_every_row_once_per_epoch_in_another_order():
+    epochs = [ids(take(5, ONE, config(), start=5 * epoch)) for epoch in range(4)]
+    assert all(sorted(epoch) == list(range(20)) for epoch in epochs)
+    assert len({tuple(epoch) for epoch in epochs}) == 4
+
+
+@pytest.mark.parametrize(("weights", "share"), [((), 30 / 50), ((3.0, 1.0), 0.25), ((0.1, 0.9), 0.9)])
+def test_mixture_proportions(weights, share):
+    found = ids(take(250, TWO, config(weights=weights)))
+    assert np.mean([i >= 1000 for i in found]) == pytest.approx(share, abs=0.01)
+    assert set(found) == {*range(20), *range(1000, 1030)}
+
+
+@pytest.mark.parametrize("hosts", [2, 4])
+def test_hosts_hold_contiguous_rows_of_the_same_global_batch(hosts):
+    data = config(weights=(1.0, 2.0))
+    parts = [take(6, TWO, data, start=2, host=host, hosts=hosts) for host in range(hosts)]
+    joined = [
+        Batch(*(np.concatenate(arrays) for arrays in zip(*batch, strict=True))) for batch in zip(*parts, strict=True)
+    ]
+    assert_equal(joined, take(6, TWO, data, start=2))
+
+
+def test_hosts_must_divide_the_batch():
+    with pytest.raises(UserError, match=r"data\.batch_size=4: not a multiple of the 3 hosts"):
+        pipeline.train_batches(ONE, config(), 0, hosts=3)
+
+
+class BrokenRows:
+    """Fails on one row."""
+
+    def __len__(self):
+        return 8
+
+    def __getitem__(self, index):
+        if index == 5:
+            raise OSError("the disk went away")
+        return rows_of(0, 8)[int(index)]
+
+
+def test_what_fails_in_the_thread_is_raised_by_next():
+    batches = pipeline.train_batches(corpus_of(BrokenRows()), config(), 0)
+    with pytest.raises(OSError, match="the disk went away"):
+        list(itertools.islice(batches, 2))  # one epoch
+    batches.close()
+
+
+def test_batches_are_made_ahead_and_close_stops_the_thread():
+    before = threading.active_count()
+    made = []
+
+    class Watched:
+        def __len__(self):
+            return 1000
+
+        def __getitem__(self, index):
+            made.append(index)
+            return rows_of(0, 1)[0]
+
+    batches = pipeline.train_batches(corpus_of(Watched()), config(prefetch=3), 0)
+    next(batches)
+    wait_until(lambda: len(made) == 4 * 4)  # the one taken and three ahead
+    time.sleep(0.05)
+    assert len(made) == 4 * 4
+    batches.close()
+    wait_until(lambda: threading.active_count() == before)
+
+
+def wait_until(condition) -> None:
+    end = time.monotonic() + 10
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.01)
+
+
+def test_a_row_is_made_in_well_under_a_millisecond():
+    rows = PackedRows(np.arange(256 * 1000, dtype=np.uint16) % 300, 256, 256, keep_last=False)
+    times = []
+    for index in range(200):
+        start = time.perf_counter()
+        rows[index]
+        times.append(time.perf_counter() - start)
+    assert np.median(times) < 0.0005
+
+
+@pytest.fixture
+def files(tmp_path) -> DataConfig:
+    for name in ("a", "b"):
+        lines = [json.dumps({"text": f"{name} document {n}: " + "naïve words " * (n % 7)}) for n in range(50)]
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(lines))
+    sources = (f"{tmp_path}/a.jsonl", f"{tmp_path}/b.jsonl")
+    return config(sources=sources, tokenizer="bytes", holdout=0.2, cache_dir=str(tmp_path / "cache"))
+
+
+def test_load_covers_all_sources(files):
+    corpus = pipeline.load(files)
+    assert len(corpus.train) == len(corpus.held_out) == 2
+    held_out = list(pipeline.held_out_documents(files))
+    assert corpus.held_out_bytes == sum(len(text.encode()) for text in held_out) > 0
+    batches = list(pipeline.held_out_batches(corpus, files, 3))
+    assert corpus.held_out_tokens == sum(batch.loss_weights.sum() for batch in batches)
+    tokens = np.concatenate([batch.tokens[batch.loss_weights > 0] for batch in batches])
+    starts = np.flatnonzero(tokens == 256)
+    assert [corpus.tokenizer.decode(part) for part in np.split(tokens, starts)[1:]] == held_out
+    json.dumps(corpus.report)
+
+
+def test_held_out_batches_are_whole_and_can_be_limited(files):
+    corpus = pipeline.load(files)
+    rows = sum(len(rows) for rows in corpus.held_out)
+    batches = list(pipeline.held_out_batches(corpus, files, rows - 1))
+    assert [batch.tokens.shape for batch in batches] == [(rows - 1, CONTEXT)] * 2
+    assert batches[1].segments[0].any()
+    assert not batches[1].segments[1:].any()
+    assert not batches[1].loss_weights[1:].any()
+    assert [str(array.dtype) for array in batches[1]] == ["int32", "int32", "float32", "int32", "int32"]
+    assert_equal(list(pipeline.held_out_batches(corpus, files, rows - 1, limit=1)), batches[:1])
+
+
+def test_held_out_and_train_share_no_document(files):
+    corpus = pipeline.load(files)
+
+    def documents(sides):
+        text = "".join(
+            corpus.tokenizer.decode(row.tokens) for rows in sides for row in map(rows.__getitem__, range(len(rows)))
+        )
+        return {f"{name} document {n}:" for name in "ab" for n in range(50) if f"{name} document {n}:" in text}
+
+    assert documents(corpus.train)
+    assert documents(corpus.held_out)
+    assert not documents(corpus.train) & documents(corpus.held_out)
+
+
+def test_no_held_out_set(files):
+    corpus = pipeline.load(dataclasses.replace(files, holdout=0.0))
+    assert (corpus.held_out, corpus.held_out_bytes, corpus.held_out_tokens) == ((), 0, 0)
+    assert list(pipeline.held_out_batches(corpus, files, 4)) == []
+    assert list(pipeline.held_out_documents(dataclasses.replace(files, holdout=0.0))) == []
+
+
+def test_a_given_tokenizer_is_used_as_it_is(files):
+    tokenizer = train_bpe(["naïve words " * 9], 300)
+    corpus = pipeline.load(files, tokenizer=tokenizer)
+    assert corpus.tokenizer is tokenizer
+    assert not [name for name in os.listdir(files.cache_dir) if name.startswith("bpe")]
+
+
+def test_one_line_of_the_log_tells_what_was_read(files, caplog, tmp_path):
+    (tmp_path / "c.jsonl").write_bytes(b'{"text": "b\xe9d"}\n{"text": ""}')
+    with caplog.at_level(logging.INFO):
+        pipeline.load(dataclasses.replace(files, sources=(f"{tmp_path}/c.jsonl",), holdout=0.0))
+    (line,) = (record.getMessage() for record in caplog.records if record.getMessage().startswith("data "))
+    assert "1 documents, 5 bytes, 6 tokens" in line
+    assert "1 replaced_characters, 1 empty_documents" in line
+    assert "digest" in line
+
+
+@pytest.mark.parametrize(
+    ("texts", "holdout", "message"),
+    [
+        ([], 0.2, r"data\.sources: .*x\.jsonl' holds no text"),
+        (["", ""], 0.2, r"data\.sources: .*x\.jsonl' holds no text"),
+        (["one"], 1e-9, r"data\.holdout=1e-09: none of the 1 documents fell into the held-out share"),
+        (["one", "two"], 1 - 1e-9, r"data\.holdout=0\.999999999: keeps all of the 2 documents of .*x\.jsonl'"),
+    ],
+)
+@pytest.mark.parametrize("tokenizer", ["bytes", "bpe"])
+def test_an_empty_side_is_refused(tmp_path, texts, holdout, message, tokenizer):
+    (tmp_path / "x.jsonl").write_text("\n".join(json.dumps({"text": text}) for text in texts))
+    data = DataConfig(
+        sources=(f"{tmp_path}/x.jsonl",),
+        holdout=holdout,
+        tokenizer=tokenizer,
+        bpe_vocab_size=300,
+        cache_dir=str(tmp_path / "cache"),
+    )
+    for _ in range(2):  # made, and then from the cache
+        with pytest.raises(UserError, match=message):
+            pipeline.load(data)
+
+
+def test_a_text_shorter_than_a_row_trains_padded(tmp_path):
+    (tmp_path / "x.txt").write_text("hi")
+    data = config(sources=(f"{tmp_path}/x.txt",), holdout=0.0, tokenizer="bytes", cache_dir=str(tmp_path), batch_size=2)
+    (batch,) = take(1, pipeline.load(data), data)
+    assert batch.tokens[0].tolist() == [256, 104, 105] + [256] * 5
+    assert batch.targets[0].tolist() == [104, 105, 256] + [256] * 5
+    assert batch.loss_weights[0].tolist() == [1, 1, 1, 0, 0, 0, 0, 0]
+
+
+def test_importing_the_data_path_is_quick_and_free_of_jax():
+    code = (
+        "import sys, time; start = time.perf_counter(); import train.data.pipeline; "
+        "print(time.perf_counter() - start); "
+        "print([m for m in ('jax', 'flax', 'orbax', 'grain', 'tokenizers', 'pyarrow', 'sentencepiece', "
+        "'tensorflow_datasets', 'array_record') if m in sys.modules])"
+    )
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=environment)
+    seconds, modules = out.stdout.splitlines()
+    assert modules == "[]"
+    assert float(seconds) < 2.0  # about 0.1 s on a quiet machine

@@ -1,0 +1,1 @@
+"""Where it runs: host settings, mesh, sharding rules. The ground half of this room imports no other room."""

@@ -1,0 +1,101 @@
+"""What this host can do and what an entry point sets before work starts: allocator, fast number formats, peak rate.
+
+Nothing here imports jax at module level, so that settings can be made before jax starts its threads.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import pathlib
+import platform
+import resource
+import time
+
+# Parameters of mallopt(3), from glibc's malloc.h.
+_M_TRIM_THRESHOLD, _M_MMAP_MAX, _M_ARENA_MAX = -1, -4, -8
+
+
+def keep_freed_memory() -> bool:
+    """Tells glibc to keep freed memory instead of returning it to the kernel; call before any thread starts.
+
+    A training step on CPU allocates and frees hundreds of megabytes; mapping and faulting them anew costs a quarter of
+    the step (docs/performance.md). Resident memory rises by half or more. Returns False where glibc is absent.
+    """
+    if platform.libc_ver()[0] != "glibc":
+        return False
+    libc = ctypes.CDLL(None)
+    settings = ((_M_MMAP_MAX, 0), (_M_TRIM_THRESHOLD, -1), (_M_ARENA_MAX, 1))
+    return all(libc.mallopt(option, value) == 1 for option, value in settings)
+
+
+def cpu_multiplies_bfloat16() -> bool:
+    """Whether this processor has bfloat16 matrix instructions that XLA uses (AVX512-BF16 or AMX)."""
+    try:
+        flags = pathlib.Path("/proc/cpuinfo").read_text()
+    except OSError:
+        return False
+    return "avx512_bf16" in flags or "amx_bf16" in flags
+
+
+def fast_dtype(backend: str) -> str:
+    """The number format that `compute_dtype="auto"` stands for on a back end ("cpu", "gpu" or "tpu")."""
+    return "bfloat16" if backend != "cpu" or cpu_multiplies_bfloat16() else "float32"
+
+
+def start_backend(compilation_cache: bool = True) -> str:
+    """Starts jax and returns its back end's name, with compiled programs kept in `$FOURSIGHT_CACHE/compiled`."""
+    import jax
+
+    if compilation_cache and not os.environ.get("JAX_COMPILATION_CACHE_DIR"):
+        jax.config.update("jax_compilation_cache_dir", str(cache_dir() / "compiled"))
+    return jax.default_backend()
+
+
+def cache_dir() -> pathlib.Path:
+    """Where tokens, trained tokenizers and compiled programs are kept between runs."""
+    return pathlib.Path(os.environ.get("FOURSIGHT_CACHE") or pathlib.Path.home() / ".cache" / "foursight")
+
+
+def measured_matmul_rate(dtype: str, size: int = 0, seconds: float = 0.5) -> float:
+    """Floating-point operations per second of a square matrix product on one device, best of several.
+
+    Args:
+      dtype: of the operands; float32 is accumulated and returned.
+      size: rows of the matrices; 0 chooses 2,048 on CPU and 8,192 elsewhere.
+      seconds: how long to go on measuring.
+    """
+    import jax
+    import jax.numpy as jnp
+
+    size = size or (2048 if jax.default_backend() == "cpu" else 8192)
+    a = jax.random.normal(jax.random.key(0), (size, size), dtype)
+    product = jax.jit(lambda a, b: jax.lax.dot(a, b, preferred_element_type=jnp.float32))
+    product(a, a).block_until_ready()
+    best, end = float("inf"), time.perf_counter() + seconds
+    while time.perf_counter() < end:
+        start = time.perf_counter()
+        product(a, a).block_until_ready()
+        best = min(best, time.perf_counter() - start)
+    return 2 * size**3 / best
+
+
+def peak_host_bytes() -> int:
+    """The most resident memory this process has held."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def resident_bytes() -> int:
+    """Memory this process holds now; 0 where the system does not say."""
+    try:
+        return int(pathlib.Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
+    except OSError:
+        return 0
+
+
+def device_bytes(peak: bool = False) -> int:
+    """Memory in use on the first device (`peak`: the most so far); 0 where the platform does not say, as on CPU."""
+    import jax
+
+    statistics = jax.local_devices()[0].memory_stats() or {}
+    return statistics.get("peak_bytes_in_use" if peak else "bytes_in_use", 0)

@@ -1,0 +1,1 @@
+"""How it learns: data, losses, optimizer, the step, the loop, checkpoints, evaluation."""

@@ -1,0 +1,266 @@
+"""The experiment: one tree of typed dataclasses, its checks across branches, and its JSON form."""
+
+# No postponed annotations here: ml_collections reads the fields' types as they stand.
+import dataclasses
+import typing
+from typing import Any
+
+from model.config import ModelConfig
+from tpu.errors import UserError
+
+
+@dataclasses.dataclass
+class DataConfig:
+    """What is read, how it is cut into tokens and rows."""
+
+    sources: tuple[str, ...] = ("python_docs",)  # python_docs, a glob of files, or tfds:NAME[:SPLIT]
+    weights: tuple[float, ...] = ()  # share of rows from each source; (): in proportion to their tokens
+    text_field: str = "text"  # of .jsonl, .parquet and TensorFlow Datasets records
+    tfds_dir: str = ""  # "": the data_dir of tensorflow-datasets
+    invalid_utf8: str = "replace"  # or "refuse"
+    holdout: float = 0.05  # share of documents kept for evaluation, chosen by hash
+    tokenizer: str = "bpe"  # bytes, bpe (trained on the sources), a tokenizer.json or a sentencepiece .model
+    bpe_vocab_size: int = 0  # 0: model.vocab_size
+    context: int = 256  # tokens per row
+    batch_size: int = 12  # rows per step, over all devices
+    prefetch: int = 4  # batches made ahead
+    cache_dir: str = ""  # "": $FOURSIGHT_CACHE, else ~/.cache/foursight
+
+
+@dataclasses.dataclass
+class LossConfig:
+    """Terms of the language-modelling loss."""
+
+    label_smoothing: float = 0.0
+    z_loss: float = 0.0  # weight of log(Z)^2 (PaLM, arXiv:2204.02311, section 5)
+    chunk_tokens: int = 0  # tokens whose logits exist at one time; 0: as many as make 64 MiB of logits
+
+
+@dataclasses.dataclass
+class OptimizerConfig:
+    """The update rule and its schedule."""
+
+    name: str = "adamw"  # adamw, adafactor, lion, sgd, muon
+    learning_rate: float = 1e-3
+    schedule: str = "cosine"  # cosine, linear, wsd (warmup-stable-decay), constant
+    warmup_steps: int = 100
+    decay_steps: int = 0  # of wsd; 0: a fifth of run.steps
+    final_fraction: float = 0.1  # learning rate at the last step, as a share of the highest
+    beta1: float = 0.9  # adamw, lion, muon's adam; momentum of sgd and muon
+    beta2: float = 0.95
+    eps: float = 1e-8
+    weight_decay: float = 0.1
+    no_decay: tuple[str, ...] = ("norm", "bias", "embedding")  # weights whose path holds one of these
+    clip_norm: float = 1.0  # 0: no clipping
+    accumulation: int = 1  # micro-batches per step
+    ema_decay: float = 0.0  # 0: no moving average of the weights
+
+
+@dataclasses.dataclass
+class MeshConfig:
+    """Devices along each mesh axis; their product is the device count."""
+
+    data: int = 1
+    fsdp: int = 1
+    tensor: int = 1
+    sequence: int = 1
+    expert: int = 1
+    stage: int = 1
+    slices: int = 1
+
+
+@dataclasses.dataclass
+class RunConfig:
+    """How long, how often, what is kept."""
+
+    steps: int = 1000
+    seed: int = 0
+    eval_every: int = 250  # 0: only at the end
+    eval_batches: int = 0  # 0: the whole held-out set
+    save_every: int = 250  # 0: only at the end
+    keep_last: int = 3
+    keep_every: int = 0  # keep every step that is a multiple; 0: none
+    keep_best: bool = False  # keep the step with the lowest held-out loss
+    log_every: int = 10
+    max_bad_steps: int = 20  # non-finite steps in a row that stop the run
+    spike_factor: float = 1.5  # a loss this many times its running mean is logged as a spike
+    tensorboard: bool = True
+
+
+@dataclasses.dataclass
+class Experiment:
+    """Everything that decides what a run computes."""
+
+    name: str = "experiment"
+    model: ModelConfig = dataclasses.field(default_factory=ModelConfig)
+    data: DataConfig = dataclasses.field(default_factory=DataConfig)
+    loss: LossConfig = dataclasses.field(default_factory=LossConfig)
+    optimizer: OptimizerConfig = dataclasses.field(default_factory=OptimizerConfig)
+    mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)
+    run: RunConfig = dataclasses.field(default_factory=RunConfig)
+
+    def resolved(self) -> "Experiment":
+        """Returns a copy with derived fields filled in. Raises UserError naming the field that cannot be."""
+        check_types(self)
+        experiment = dataclasses.replace(
+            self,
+            model=self.model.resolved(),
+            **{f: dataclasses.replace(getattr(self, f)) for f in ("data", "loss", "optimizer", "mesh", "run")},
+        )
+        if not experiment.data.bpe_vocab_size:
+            experiment.data.bpe_vocab_size = experiment.model.vocab_size
+        if not experiment.optimizer.decay_steps:
+            experiment.optimizer.decay_steps = max(1, experiment.run.steps // 5)
+        _check(experiment)
+        return experiment
+
+
+def _check(experiment: Experiment) -> None:
+    data, optimizer, mesh, run = experiment.data, experiment.optimizer, experiment.mesh, experiment.run
+    _at_least(1, {"data.context": data.context, "data.batch_size": data.batch_size, "data.prefetch": data.prefetch})
+    _at_least(1, {"run.steps": run.steps, "run.keep_last": run.keep_last, "run.log_every": run.log_every})
+    _at_least(1, {"run.max_bad_steps": run.max_bad_steps, "optimizer.accumulation": optimizer.accumulation})
+    _at_least(1, {f"mesh.{f.name}": getattr(mesh, f.name) for f in dataclasses.fields(mesh)})
+    _at_least(0, {"loss.chunk_tokens": experiment.loss.chunk_tokens})
+    _at_least(
+        0, {f"run.{f}": getattr(run, f) for f in ("seed", "eval_every", "eval_batches", "save_every", "keep_every")}
+    )
+    _at_least(
+        0,
+        {
+            f"optimizer.{f}": getattr(optimizer, f)
+            for f in ("warmup_steps", "weight_decay", "clip_norm", "learning_rate")
+        },
+    )
+    _at_least(0, {"loss.z_loss": experiment.loss.z_loss})
+    _one_of("optimizer.name", optimizer.name, ("adamw", "adafactor", "lion", "sgd", "muon"))
+    _one_of("optimizer.schedule", optimizer.schedule, ("cosine", "linear", "wsd", "constant"))
+    _one_of("data.invalid_utf8", data.invalid_utf8, ("replace", "refuse"))
+    for field, value in (
+        ("data.holdout", data.holdout),
+        ("loss.label_smoothing", experiment.loss.label_smoothing),
+        ("optimizer.ema_decay", optimizer.ema_decay),
+        ("optimizer.beta1", optimizer.beta1),
+        ("optimizer.beta2", optimizer.beta2),
+    ):
+        if not 0.0 <= value < 1.0:
+            raise UserError(f"{field}={value}: must be at least 0 and below 1")
+    if not 0.0 <= optimizer.final_fraction <= 1.0:
+        raise UserError(f"optimizer.final_fraction={optimizer.final_fraction}: must be between 0 and 1")
+    if run.spike_factor <= 1.0:
+        raise UserError(f"run.spike_factor={run.spike_factor}: must be above 1")
+    if not data.sources:
+        raise UserError("data.sources=(): name at least one source")
+    if data.weights and len(data.weights) != len(data.sources):
+        raise UserError(
+            f"data.weights={data.weights}: needs one weight for each of the {len(data.sources)} data.sources"
+        )
+    if any(w <= 0 for w in data.weights):
+        raise UserError(f"data.weights={data.weights}: every weight must be positive")
+    if data.bpe_vocab_size > experiment.model.vocab_size:
+        raise UserError(
+            f"data.bpe_vocab_size={data.bpe_vocab_size}: larger than model.vocab_size={experiment.model.vocab_size}"
+        )
+    if data.tokenizer == "bpe" and data.bpe_vocab_size < 257:
+        raise UserError(
+            f"data.bpe_vocab_size={data.bpe_vocab_size}: must be at least 257 (256 bytes and end of document)"
+        )
+    experiment.model.check_context(data.context, "data.context")
+    if data.batch_size % optimizer.accumulation:
+        raise UserError(
+            f"optimizer.accumulation={optimizer.accumulation}: does not divide data.batch_size={data.batch_size}"
+        )
+    shards = mesh.data * mesh.fsdp
+    if (data.batch_size // optimizer.accumulation) % shards:
+        raise UserError(
+            f"data.batch_size={data.batch_size}: each of the {optimizer.accumulation} micro-batches must divide by "
+            f"mesh.data * mesh.fsdp = {shards}; valid: multiples of {shards * optimizer.accumulation}"
+        )
+    if data.context % mesh.sequence:
+        raise UserError(f"data.context={data.context}: not a multiple of mesh.sequence={mesh.sequence}")
+    if optimizer.schedule != "constant" and optimizer.warmup_steps >= run.steps:
+        raise UserError(f"optimizer.warmup_steps={optimizer.warmup_steps}: must be below run.steps={run.steps}")
+    if optimizer.schedule == "wsd" and optimizer.warmup_steps + optimizer.decay_steps > run.steps:
+        raise UserError(
+            f"optimizer.decay_steps={optimizer.decay_steps}: with optimizer.warmup_steps={optimizer.warmup_steps} "
+            f"exceeds run.steps={run.steps}"
+        )
+
+
+def _at_least(minimum: int, fields: dict[str, float]) -> None:
+    for field, value in fields.items():
+        if value < minimum:
+            raise UserError(f"{field}={value}: must be at least {minimum}")
+
+
+def _one_of(field: str, value: str, valid: tuple[str, ...]) -> None:
+    if value not in valid:
+        raise UserError(f"{field}={value!r}: valid: {', '.join(valid)}")
+
+
+def check_types(tree: Any, prefix: str = "") -> None:
+    """Raises UserError for the first field of a dataclass tree whose value is not of its declared type."""
+    hints = typing.get_type_hints(type(tree))
+    for field in dataclasses.fields(tree):
+        value, hint, name = getattr(tree, field.name), hints[field.name], prefix + field.name
+        if dataclasses.is_dataclass(hint):
+            if not isinstance(value, hint):
+                raise UserError(f"{name}={value!r}: must be a {hint.__name__}")
+            check_types(value, name + ".")
+        elif not _is_of(value, hint):
+            raise UserError(f"{name}={value!r}: must be {type_name(hint)}")
+
+
+def _is_of(value: Any, hint: Any) -> bool:
+    if typing.get_origin(hint) is tuple:
+        return isinstance(value, tuple) and all(_is_of(v, typing.get_args(hint)[0]) for v in value)
+    if hint is float:
+        return isinstance(value, (int, float)) and not isinstance(value, bool)
+    if hint is int:
+        return isinstance(value, int) and not isinstance(value, bool)
+    return isinstance(value, hint)
+
+
+def type_name(hint: Any) -> str:
+    """A declared type in words."""
+    if typing.get_origin(hint) is tuple:
+        return f"a tuple of {typing.get_args(hint)[0].__name__}"
+    return {"int": "an integer", "float": "a number", "bool": "true or false", "str": "a string"}[hint.__name__]
+
+
+def to_dict(tree: Any) -> dict[str, Any]:
+    """The tree as nested dictionaries that `json` can write (tuples become lists)."""
+    return {
+        f.name: to_dict(v) if dataclasses.is_dataclass(v) else list(v) if isinstance(v, tuple) else v
+        for f in dataclasses.fields(tree)
+        for v in [getattr(tree, f.name)]
+    }
+
+
+def from_dict(cls: type, tree: dict[str, Any], prefix: str = "") -> Any:
+    """Builds the dataclass `cls` from what `to_dict` gave. Raises UserError for a field that `cls` does not have."""
+    hints = typing.get_type_hints(cls)
+    unknown = sorted(set(tree) - set(hints))
+    if unknown:
+        raise UserError(f"{prefix}{unknown[0]}: no such field; valid: {', '.join(hints)}")
+    values = {}
+    for name, value in tree.items():
+        hint = hints[name]
+        if dataclasses.is_dataclass(hint):
+            value = from_dict(hint, value, f"{prefix}{name}.")
+        elif typing.get_origin(hint) is tuple:
+            value = tuple(value)
+        values[name] = value
+    return cls(**values)
+
+
+def differences(a: Any, b: Any, prefix: str = "") -> list[str]:
+    """The fields in which two trees of one type differ, as `name: value of a, value of b`."""
+    rows = []
+    for field in dataclasses.fields(a):
+        x, y, name = getattr(a, field.name), getattr(b, field.name), prefix + field.name
+        if dataclasses.is_dataclass(x):
+            rows += differences(x, y, name + ".")
+        elif x != y:
+            rows.append(f"{name}: {x!r}, {y!r}")
+    return rows

@@ -1,0 +1,18 @@
+"""The batch: what one step consumes. A NamedTuple, so that it is a pytree to jax and to Grain without importing either.
+
+Legend: B rows, T tokens per row.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+
+class Batch(NamedTuple):
+    """Packed rows of tokens, as numpy arrays on the host and as jax arrays in the step."""
+
+    tokens: Any  # [B, T] int32
+    targets: Any  # [B, T] int32, the token that follows
+    loss_weights: Any  # [B, T] float32, 0 where there is nothing to predict
+    segments: Any  # [B, T] int32, 1, 2, ... per document of the row, 0 for padding; attention stays inside a segment
+    positions: Any  # [B, T] int32, counted from 0 in every segment

@@ -1,0 +1,59 @@
+"""Packing: a stream of tokens, document after document, cut into rows of one length.
+
+The stream is `[end_of_document, t1 .. tn]` for every document: the end-of-document token stands before a document and,
+being next in the stream, is what the last token of the document before has to predict. Rows are consecutive cuts of
+the stream, so no token is lost between documents and only the last row can be short; a document that crosses a cut
+goes on in the next row as a segment of its own, with positions from 0.
+
+Legend: S tokens in the stream, T tokens per row.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from train.data.batch import Batch
+
+
+class PackedRows:
+    """The rows of a stream, by index: `rows[i]` is a Batch of arrays [T], made when asked for.
+
+    stream: [S] unsigned integers, S > 0, memory-mapped or not. The short last row is padded (segment, weight and
+    position 0) where `keep_last` is set or it is the only one, and left out otherwise.
+    """
+
+    def __init__(self, stream: np.ndarray, context: int, end_of_document: int, keep_last: bool):
+        self.context = context
+        self.end_of_document = end_of_document
+        self._stream = stream
+        self._rows = -(-len(stream) // context) if keep_last else max(1, len(stream) // context)
+
+    def __len__(self) -> int:
+        return self._rows
+
+    def __getitem__(self, row: int) -> Batch:
+        T = self.context
+        # One token more than the row: targets are the tokens that follow. Past the stream's end: end of document.
+        window = np.full(T + 1, self.end_of_document, np.int32)  # [T + 1]
+        part = self._stream[row * T : (row + 1) * T + 1]
+        window[: len(part)] = part
+        valid = np.arange(T) < len(self._stream) - row * T  # [T]
+        tokens, targets = window[:T], window[1:]
+        starts = tokens == self.end_of_document
+        starts[0] = True
+        steps = np.arange(T, dtype=np.int32)
+        segment_starts = np.maximum.accumulate(np.where(starts, steps, 0))
+        return Batch(
+            tokens=tokens,
+            targets=targets,
+            loss_weights=valid.astype(np.float32),
+            segments=np.where(valid, np.cumsum(starts, dtype=np.int32), 0),
+            positions=np.where(valid, steps - segment_starts, 0),
+        )
+
+
+def padding_row(context: int, end_of_document: int) -> Batch:
+    """A Batch of arrays [T] with nothing to learn: weight and segment 0 everywhere."""
+    tokens = np.full(context, end_of_document, np.int32)
+    zeros = np.zeros(context, np.int32)
+    return Batch(tokens, tokens, zeros.astype(np.float32), zeros, zeros)

@@ -1,0 +1,159 @@
+"""What every entry point shares: flags, `--help`, and errors as one line with exit status 2.
+
+Nothing here imports jax, so that `--help` and mistakes answer at once.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import logging
+import os
+import pathlib
+import re
+import sys
+import typing
+from collections.abc import Callable
+from typing import NoReturn
+
+import absl.logging
+from absl import app, flags
+
+from tpu.errors import UserError
+from train.config import Experiment, type_name
+
+FLAGS = flags.FLAGS
+
+
+def define_config() -> flags.FlagHolder:
+    """Defines `--config=FILE.py[:ARGUMENT]` with its dotted overrides, `--config.model.layers=12`."""
+    from ml_collections import config_flags
+
+    return config_flags.DEFINE_config_file(
+        "config",
+        help_string="experiment file and its argument, such as configs/gpt2.py:124m; any field of it can be overridden "
+        "by a flag of its own, such as --config.model.layers=12",
+    )
+
+
+def run(main: Callable[[], int | None]) -> NoReturn:
+    """Parses the flags and runs `main`; exits with what it returns (None is 0), 2 for a UserError, 130 for Ctrl-C."""
+    try:
+        app.run(lambda _: _guarded(main), flags_parser=_parse)
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        sys.exit(130)
+
+
+def experiment_from_flags() -> Experiment:
+    """The resolved experiment of `--config` and its overrides. Raises UserError."""
+    if FLAGS.config is None:
+        raise UserError(f"--config is missing; give one of {_known_configs()}, or a file of your own")
+    return FLAGS.config.resolved()
+
+
+def need(**values: object) -> None:
+    """Raises UserError for the first flag without a value."""
+    for name, value in values.items():
+        if not value:
+            raise UserError(f"--{name} is missing")
+
+
+def _guarded(main: Callable[[], int | None]) -> None:
+    _plain_log_lines()
+    try:
+        status = main()
+    except UserError as error:
+        fail(str(error))
+    except BrokenPipeError:  # The reader of our output, such as `head`, has gone.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(141)
+    sys.exit(status or 0)
+
+
+def _plain_log_lines() -> None:
+    """Our own log lines without prefix; those of the libraries only from warnings on."""
+    absl.logging.get_absl_handler().setFormatter(logging.Formatter("%(message)s"))
+    absl.logging.set_verbosity(absl.logging.WARNING)
+    for room in ("model", "serve", "tpu", "train"):
+        logging.getLogger(room).setLevel(logging.INFO)
+
+
+def fail(message: str) -> NoReturn:
+    """Prints one line to standard error and exits with status 2."""
+    print(f"error: {' '.join(message.split())}", file=sys.stderr)
+    sys.exit(2)
+
+
+def _parse(argv: list[str]) -> list[str]:
+    if any(a in ("--help", "-help", "-h", "--helpfull") for a in argv[1:]):
+        main = sys.modules["__main__"]
+        shared = FLAGS.module_help(sys.modules[__name__]) if "config" in FLAGS else ""
+        print(f"{(main.__doc__ or '').strip()}\n\nflags:\n{FLAGS.module_help(main)}\n{shared}")
+        sys.exit(0)
+    try:
+        for argument in argv[1:]:
+            _check_override(argument)
+        rest = FLAGS(argv)
+        if len(rest) > 1:
+            raise UserError(f"{rest[1]!r} is not a flag; flags begin with --")
+        config = FLAGS["config"].value if "config" in FLAGS else None
+        if config is not None and not isinstance(config, Experiment):
+            raise UserError(f"--config: {_reason(config)}")
+        return rest
+    except UserError as error:
+        fail(str(error))
+    except flags.IllegalFlagValueError as error:
+        fail(_illegal_value(str(error).strip()))
+    except flags.Error as error:
+        fail(str(error))
+
+
+def _check_override(argument: str) -> None:
+    """Raises UserError for a --config file that does not exist and for an override of a field that does not exist."""
+    if match := re.fullmatch(r"--?config=([^:]*)(:.*)?", argument):
+        if not pathlib.Path(match[1]).is_file():
+            raise UserError(f"--config={match[1]}: no such file; there is {_known_configs()}")
+    elif match := re.match(r"--?(?:no)?config\.([\w.]+)", argument):
+        _field_type(match[1])
+
+
+def _field_type(path: str) -> typing.Any:
+    """The declared type of a field of the experiment, such as "model.layers"."""
+    hint: typing.Any = Experiment
+    walked = "config"
+    for name in path.split("."):
+        hints = typing.get_type_hints(hint) if dataclasses.is_dataclass(hint) else {}
+        if name not in hints:
+            close = difflib.get_close_matches(name, hints, 1)
+            guess = f"did you mean {close[0]}? " if close else ""
+            valid = f"valid: {', '.join(hints)}" if hints else f"{walked} has no fields"
+            raise UserError(f"{walked}.{name}: no such field; {guess}{valid}")
+        hint, walked = hints[name], f"{walked}.{name}"
+    return hint
+
+
+def _illegal_value(message: str) -> str:
+    match = re.match(r"flag --config\.([\w.]+)=(.*?): ", message)
+    if not match:  # A failing config file comes with its whole traceback; the last line is the reason.
+        return message.splitlines()[-1].removeprefix(f"{UserError.__module__}.{UserError.__name__}: ")
+    hint = _field_type(match[1])
+    if dataclasses.is_dataclass(hint):
+        return f"config.{match[1]}={match[2]}: set one of its fields: {', '.join(typing.get_type_hints(hint))}"
+    example = """, such as "('a', 'b')" or "('a',)" """ if typing.get_origin(hint) is tuple else ""
+    return f"config.{match[1]}={match[2]}: must be {type_name(hint)}{example}"
+
+
+def _reason(config: object) -> str:
+    """Why a config file did not give an experiment."""
+    try:
+        config.resolved()
+    except UserError as error:
+        return str(error)
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
+    return f"get_config returned a {type(config).__name__}, not a train.config.Experiment"
+
+
+def _known_configs() -> str:
+    return ", ".join(sorted(f"configs/{p.name}" for p in pathlib.Path("configs").glob("[a-z]*.py"))) or "none here"

@@ -1,0 +1,114 @@
+"""Held-out loss, perplexity and bits per byte of a checkpoint, beside general-purpose compressors on the same bytes.
+
+    python -m train.evaluate --checkpoint=runs/quickstart [--json=FILE]
+
+The checkpoint is a run's workdir (its newest good step is taken) or one step directory; it brings its experiment and
+tokenizer along. The held-out documents are read again from the experiment's sources.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import pathlib
+import time
+from collections.abc import Callable, Iterable
+from typing import TYPE_CHECKING, Any
+
+from absl import flags
+
+from train import entry
+
+if TYPE_CHECKING:
+    from train.data.batch import Batch
+    from train.data.pipeline import Corpus
+    from train.signals import Stop
+
+if __name__ == "__main__":
+    flags.DEFINE_string("checkpoint", None, "workdir of a run, or one of its step directories")
+    flags.DEFINE_integer("batches", 0, "evaluate only so many batches; 0: all held-out documents", lower_bound=0)
+    flags.DEFINE_boolean("ema", False, "evaluate the moving average of the weights")
+    flags.DEFINE_string("json", None, "also write the figures to this file")
+
+
+def held_out_figures(
+    evaluate: Callable[[Any, Batch], dict[str, Any]],
+    weights: Any,
+    batches: Iterable[Batch],
+    corpus: Corpus,
+    stop: Stop | None = None,
+) -> dict[str, float] | None:
+    """Loss (nats per token), perplexity and bits per byte over `batches`; None if a signal came before the end.
+
+    Bits per byte divides all bits by the bytes of the held-out documents. Where `batches` are only some of them, their
+    bytes are taken to be in proportion to their tokens.
+
+    Args:
+      evaluate: (weights, batch) -> sums `nll_sum` and `loss_tokens`.
+    """
+    nll = tokens = 0.0
+    pending: dict[str, Any] | None = None
+    for batch in batches:
+        if stop is not None and stop.requested:
+            return None
+        sums = evaluate(weights, batch)
+        if pending is not None:
+            nll, tokens = nll + float(pending["nll_sum"]), tokens + float(pending["loss_tokens"])
+        pending = sums
+    if pending is not None:
+        nll, tokens = nll + float(pending["nll_sum"]), tokens + float(pending["loss_tokens"])
+    loss = nll / max(tokens, 1.0)
+    bytes_per_token = corpus.held_out_bytes / max(corpus.held_out_tokens, 1)
+    return {
+        "loss": loss,
+        "perplexity": math.exp(min(loss, 700.0)),
+        "bits_per_byte": loss / math.log(2) / bytes_per_token,
+    }
+
+
+def compressor_figures(documents: Iterable[str]) -> dict[str, float]:
+    """Bits per byte of `xz -9 -e` and of `zlib` at its highest level on all documents together."""
+    import lzma
+    import zlib
+
+    data = "".join(documents).encode()
+    return {
+        "xz": 8 * len(lzma.compress(data, preset=9 | lzma.PRESET_EXTREME)) / len(data),
+        "zlib": 8 * len(zlib.compress(data, 9)) / len(data),
+    }
+
+
+def main() -> int:
+    """Evaluates --checkpoint."""
+    entry.need(checkpoint=entry.FLAGS.checkpoint)
+    from train.restore import open_checkpoint
+
+    trained = open_checkpoint(pathlib.Path(entry.FLAGS.checkpoint), "ema" if entry.FLAGS.ema else "weights")
+    from train.data import pipeline
+
+    data = trained.experiment.data
+    if not data.holdout:
+        raise entry.UserError("data.holdout=0.0: this experiment keeps no held-out documents to evaluate")
+    corpus = pipeline.load(data, tokenizer=trained.tokenizer)
+    start = time.monotonic()
+    batches = pipeline.held_out_batches(corpus, data, data.batch_size, entry.FLAGS.batches)
+    figures = held_out_figures(trained.evaluate, trained.weights, batches, corpus)
+    compressed = compressor_figures(pipeline.held_out_documents(data))
+    print(f"checkpoint {trained.step_dir}: {corpus.held_out_bytes:,} held-out bytes, {corpus.held_out_tokens:,} tokens")
+    print(f"loss {figures['loss']:.4f} nats per token, perplexity {figures['perplexity']:.2f}")
+    print("bits per byte on the same held-out bytes:")
+    for name, value in (
+        (f"  this model ({entry.FLAGS.batches or 'all'} batches)", figures["bits_per_byte"]),
+        ("  xz -9e", compressed["xz"]),
+        ("  zlib -9", compressed["zlib"]),
+    ):
+        print(f"{name:32}{value:.4f}")
+    print(f"({time.monotonic() - start:.1f} s)")
+    if entry.FLAGS.json:
+        report = {"eval": figures, "compressors": compressed, "held_out_bytes": corpus.held_out_bytes}
+        pathlib.Path(entry.FLAGS.json).write_text(json.dumps(report, indent=1))
+    return 0
+
+
+if __name__ == "__main__":
+    entry.run(main)

@@ -1,0 +1,165 @@
+"""The loop that every training method shares: pull a batch, take a step, report, evaluate, save, stop.
+
+It knows nothing of models: what a step is, how to evaluate and what a checkpoint's meta holds come from the caller.
+The figures of a step are read after the next one has been dispatched, so that reading them never leaves a device idle.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import math
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+
+from tpu import host
+from train.checkpoint import Checkpointer
+from train.config import RunConfig
+from train.metrics import ConsoleProgress, MetricsWriter
+from train.signals import Stop
+
+
+@dataclasses.dataclass
+class Outcome:
+    """How a run of the loop ended."""
+
+    state: Any
+    step: int
+    reason: str  # "finished", "SIGTERM", "SIGINT" or "diverged"
+    saved: bool  # whether the state at `step` is in a complete checkpoint
+    seconds: float
+
+
+@dataclasses.dataclass
+class Rates:
+    """What turns a step's wall time into rates."""
+
+    tokens_per_step: int
+    flops_per_token: int
+    matmul_flops_per_second: float  # measured peak of all devices together; 0 where it was not measured
+
+
+def train(
+    state: Any,
+    first_step: int,
+    step: Callable[[Any, Any], tuple[Any, dict[str, jax.Array]]],
+    batches: Iterator[Any],
+    evaluate: Callable[[Any], dict[str, float] | None],
+    meta: Callable[[int], dict[str, Any]],
+    checkpointer: Checkpointer,
+    writer: MetricsWriter,
+    console: ConsoleProgress,
+    stop: Stop,
+    run: RunConfig,
+    rates: Rates,
+) -> Outcome:
+    """Takes steps from `first_step` to `run.steps`.
+
+    Args:
+      state: a pytree; donated to `step`.
+      step: (state, batch) -> (state, metrics); the metrics are scalars, among them `loss`, `skipped` and
+        `skipped_in_a_row`.
+      batches: one for each step from `first_step` on.
+      evaluate: held-out figures of a state, among them `loss`; None where a signal cut it short.
+      meta: what a checkpoint after so many steps holds beside the state.
+    """
+    watch = _Watch(writer, console, run, rates)
+    started = time.monotonic()
+    pending: tuple[int, dict[str, jax.Array], float] | None = None
+    last_saved, now, held_out = first_step, first_step, None
+    reason = "finished"
+    while now < run.steps and not stop.requested:
+        before = time.perf_counter()
+        batch = next(batches)
+        wait = time.perf_counter() - before
+        state, metrics = step(state, batch)
+        now += 1
+        if pending is not None and watch.report(*pending) >= run.max_bad_steps:
+            reason = "diverged"
+        pending = (now, metrics, wait)
+        if now == run.steps or now % run.log_every == 0 or _due(now, run.save_every) or _due(now, run.eval_every):
+            if watch.report(*pending) >= run.max_bad_steps:
+                reason = "diverged"
+            pending = None
+        if reason == "diverged":
+            break
+        if _due(now, run.eval_every) or now == run.steps:
+            with watch.paused():
+                held_out = evaluate(state)
+            if held_out is not None:
+                writer.write(now, {"eval": held_out})
+                console.say(f"step {now}  held out: " + "  ".join(f"{k} {v:.4f}" for k, v in held_out.items()))
+        if _due(now, run.save_every) or now == run.steps:
+            with watch.paused():
+                checkpointer.save(now, state, meta(now), held_out)
+            last_saved, held_out = now, None
+        checkpointer.poll()
+    if pending is not None:
+        watch.report(*pending)
+    if stop.requested and now < run.steps:
+        reason = stop.requested
+    if now > last_saved or reason == "diverged":
+        checkpointer.save(now, state, meta(now))
+    saved = checkpointer.wait()
+    return Outcome(state, now, reason, saved, time.monotonic() - started)
+
+
+def _due(step: int, every: int) -> bool:
+    return every > 0 and step % every == 0
+
+
+class _Watch:
+    """Reads the figures of finished steps, derives rates, and tells of spikes and skipped updates."""
+
+    def __init__(self, writer: MetricsWriter, console: ConsoleProgress, run: RunConfig, rates: Rates):
+        self._writer, self._console, self._run, self._rates = writer, console, run, rates
+        self._last_end: float | None = None  # when the step before ended; None where the clock must start anew
+        self._mean_loss: float | None = None
+        self._seen = 0
+        self._pause = 0.0
+
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        """A context whose time counts for no step."""
+        start = time.perf_counter()
+        yield
+        self._pause += time.perf_counter() - start
+
+    def report(self, step: int, metrics: dict[str, jax.Array], wait: float) -> int:
+        """Records one step's figures once they are there; returns the number of updates skipped in a row."""
+        values = {name: value.item() for name, value in metrics.items()}
+        end = time.perf_counter()
+        values["data_wait_seconds"] = wait
+        if self._last_end is not None:
+            seconds = max(end - self._last_end - self._pause, 1e-9)
+            values["step_seconds"] = seconds
+            values["tokens_per_second"] = self._rates.tokens_per_step / seconds
+            if self._rates.matmul_flops_per_second:
+                flops = values["tokens_per_second"] * self._rates.flops_per_token
+                values["mfu"] = flops / self._rates.matmul_flops_per_second
+        self._last_end, self._pause = end, 0.0
+        values["host_bytes"] = host.resident_bytes()
+        if device_bytes := host.device_bytes():
+            values["device_bytes"] = device_bytes
+        if values["skipped_in_a_row"]:
+            self._console.say(
+                f"step {step}: loss {values['loss']:.4g}, gradient norm {values['grad_norm']:.4g}: not finite, update "
+                f"skipped ({values['skipped_in_a_row']} in a row, {values['skipped']} in all)"
+            )
+        elif self._is_spike(values["loss"]):
+            values["spike"] = 1
+            self._console.say(f"step {step}: loss {values['loss']:.4f} spikes above its mean {self._mean_loss:.4f}")
+        self._writer.write(step, values)
+        self._console.update(step, values)
+        return values["skipped_in_a_row"]
+
+    def _is_spike(self, loss: float) -> bool:
+        """Compares with a running mean over about 50 steps, after the first 20, and takes the loss into it."""
+        if not math.isfinite(loss):
+            return False
+        mean, self._seen = self._mean_loss, self._seen + 1
+        self._mean_loss = loss if mean is None else mean + max(0.02, 1 / self._seen) * (loss - mean)
+        return mean is not None and self._seen > 20 and loss > self._run.spike_factor * mean

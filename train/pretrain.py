@@ -1,0 +1,174 @@
+"""Trains a language model, or goes on with one: the same command does both.
+
+    python -m train.pretrain --config=configs/quickstart.py --workdir=runs/a [--config.model.layers=12 ...]
+
+The workdir receives experiment.json, metrics.jsonl, tensorboard/ and checkpoints/. SIGTERM and Ctrl-C save and leave
+with status 0; the same command then goes on from there. --dry_run prints what the experiment amounts to and stops.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import pathlib
+import sys
+from typing import TYPE_CHECKING, Any
+
+from absl import flags
+
+from tpu import host
+from train import entry
+from train.config import Experiment, RunConfig, to_dict
+
+if TYPE_CHECKING:
+    from train.loop import Outcome
+    from train.signals import Stop
+    from train.workdir import Workdir
+
+if __name__ == "__main__":
+    entry.define_config()
+    flags.DEFINE_string("workdir", None, "directory of the run; made where it does not exist, resumed where it does")
+    flags.DEFINE_boolean("dry_run", False, "print the resolved experiment and its figures, and stop")
+    flags.DEFINE_string("json", None, "with --dry_run: also write the figures to this file")
+
+
+def main() -> int:
+    """Runs --config in --workdir."""
+    experiment = entry.experiment_from_flags()
+    if entry.FLAGS.dry_run:
+        from train.summary import print_summary, summarize
+
+        figures = summarize(experiment)
+        print_summary(experiment, figures)
+        if entry.FLAGS.json:
+            pathlib.Path(entry.FLAGS.json).write_text(json.dumps(figures, indent=1))
+        return 0
+    entry.need(workdir=entry.FLAGS.workdir)
+    from train.signals import Stop
+    from train.workdir import Workdir
+
+    with Stop() as stop:
+        workdir = Workdir(entry.FLAGS.workdir)
+        for change in workdir.write_experiment(experiment):
+            print(f"changed since this workdir was last used: {change}")
+        host.keep_freed_memory()
+        return pretrain(experiment, workdir, stop)
+
+
+def pretrain(experiment: Experiment, workdir: Workdir, stop: Stop) -> int:
+    """Trains until `run.steps`, a signal or divergence; returns the exit status."""
+    import jax
+
+    from tpu.mesh import make_mesh
+    from train import loop
+    from train.checkpoint import Checkpointer
+    from train.data import pipeline, tokenizer
+    from train.evaluate import held_out_figures
+    from train.metrics import ConsoleProgress, MetricsWriter
+    from train.step import TrainState, make_program
+    from train.summary import flops_per_token, parameter_counts
+    from train.workdir import versions
+
+    backend = host.start_backend()
+    data, run = experiment.data, experiment.run
+    model = experiment.model.placed(backend, host.fast_dtype(backend))
+    mesh = make_mesh(experiment.mesh)
+    with jax.set_mesh(mesh):
+        program = make_program(dataclasses.replace(experiment, model=model), mesh)
+        checkpointer = Checkpointer(workdir.path / "checkpoints", run)
+        restored = checkpointer.restore(program.abstract_state)
+        if restored:
+            state, saved_meta, first_step = restored
+            print(f"resuming from step {first_step} in {workdir.path}")
+            corpus = pipeline.load(data, tokenizer=tokenizer.from_dict(saved_meta["tokenizer"]))
+        else:
+            corpus = pipeline.load(data)
+            state, first_step = program.init(jax.random.key(run.seed)), 0
+        tokenizer.check_vocabulary(corpus.tokenizer, model.vocab_size)
+        if first_step >= run.steps:
+            print(f"already at step {first_step} of run.steps={run.steps}; raise --config.run.steps to go on")
+            return 0
+
+        def meta(step: int) -> dict[str, Any]:
+            return {
+                "experiment": to_dict(experiment),
+                "versions": versions(),
+                "tokenizer": corpus.tokenizer.to_dict(),
+                "data_position": step,
+                "corpus": corpus.report,
+            }
+
+        def evaluate(state: TrainState) -> dict[str, float] | None:
+            figures: dict[str, float] = {}
+            for prefix, weights in (("", state.weights), ("ema_", state.ema)):
+                if weights is None:
+                    continue
+                batches = pipeline.held_out_batches(corpus, data, data.batch_size, run.eval_batches)
+                found = held_out_figures(program.evaluate, weights, batches, corpus, stop)
+                if found is None:
+                    return None
+                figures |= {prefix + name: value for name, value in found.items()}
+            return figures
+
+        peak = host.measured_matmul_rate(model.compute_dtype)
+        counts = parameter_counts(program.abstract_state.weights)
+        devices = jax.devices()
+        print(
+            f"{experiment.name}: {counts['total']:,} parameters ({counts['non_embedding']:,} without embeddings), "
+            f"{len(devices)} {devices[0].device_kind} in {model.compute_dtype}, "
+            f"measured matmul peak {peak / 1e9:,.0f} GFLOP/s each",
+            flush=True,
+        )
+        rates = loop.Rates(
+            tokens_per_step=data.batch_size * data.context,
+            flops_per_token=flops_per_token(model, program.abstract_state.weights, data.context),
+            matmul_flops_per_second=peak * len(devices),
+        )
+        writer = MetricsWriter(workdir.path, first_step, run.tensorboard)
+        console = ConsoleProgress(run.steps, first_step, run.log_every)
+        batches = pipeline.train_batches(corpus, data, run.seed, first_step)
+        try:
+            outcome = loop.train(
+                state,
+                first_step,
+                program.step,
+                batches,
+                evaluate if corpus.held_out else lambda state: None,
+                meta,
+                checkpointer,
+                writer,
+                console,
+                stop,
+                run,
+                rates,
+            )
+        finally:
+            console.close()
+            writer.close()
+            batches.close()
+            checkpointer.close()
+    return _conclude(outcome, workdir, run)
+
+
+def _conclude(outcome: Outcome, workdir: Workdir, run: RunConfig) -> int:
+    """Says how the run ended and what to do next; returns the exit status."""
+    if not outcome.saved:
+        print(f"error: the state at step {outcome.step} could not be saved; see above", file=sys.stderr)
+        return 1
+    saved = f"step {outcome.step} is saved in {workdir.path / 'checkpoints'}"
+    if outcome.reason == "diverged":
+        print(
+            f"error: {run.max_bad_steps} updates in a row had a loss or gradient that is not finite; stopped. {saved}, "
+            "with the weights from before them; lower optimizer.learning_rate or look at the data",
+            file=sys.stderr,
+        )
+        return 1
+    if outcome.reason == "finished":
+        print(f"finished after {outcome.seconds:.0f} s; {saved}")
+    else:
+        print(f"{outcome.reason}: {saved}; the same command goes on from there (exit status 0)")
+    return 0
+
+
+if __name__ == "__main__":
+    entry.run(main)
