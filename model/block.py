@@ -14,7 +14,7 @@ from model import cache as kv_cache
 from model.attention import Place, attend
 from model.config import ModelConfig
 from model.dropout import dropout
-from model.linear import Linear
+from model.linear import Linear, together
 from model.mlp import MLP
 from model.norms import Norm
 from model.rope import rotate
@@ -49,7 +49,7 @@ class SelfAttention(nnx.Module):
           cached: (keys, values) [B, G, S, K], or None.
           key: for dropout, or None.
         """
-        q, k, v = self.query(x), self.key(x), self.value(x)  # [B, T, H, K], [B, T, G, K] twice
+        q, k, v = together(x, self.query, self.key, self.value)  # [B, T, H, K], [B, T, G, K] twice
         if self.query_norm is not None:
             q, k = self.query_norm(q), self.key_norm(k)
         if rotation is not None:

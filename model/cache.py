@@ -47,9 +47,14 @@ def write(
     cached: tuple[jax.Array, jax.Array], k: jax.Array, v: jax.Array, positions: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
     """Puts keys and values k, v [B, G, T, K] of one layer into the slots `positions` [B, T] of cached [B, G, S, K]."""
-    rows = jnp.arange(k.shape[0])[:, None]
+    b, g, t, width = k.shape
+    # Heads as rows: what is written to is then found by the leading dimensions, and the cache stays where it is. With
+    # the heads between row and slot, XLA moves the whole cache into another order and back for every token.
+    rows = jnp.arange(b * g)[:, None]
+    positions = jnp.repeat(positions, g, axis=0)  # [B * G, T]
 
     def put(slots: jax.Array, new: jax.Array) -> jax.Array:
-        return slots.at[rows, :, positions].set(new.swapaxes(1, 2).astype(slots.dtype))
+        flat = slots.reshape(b * g, -1, width).at[rows, positions].set(new.reshape(b * g, t, width).astype(slots.dtype))
+        return flat.reshape(slots.shape)
 
     return put(cached[0], k), put(cached[1], v)

@@ -93,9 +93,27 @@ class Linear(nnx.Module):
     def __call__(self, x: jax.Array, dtype: str | None = None) -> jax.Array:
         """Returns [..., *outputs] in `dtype` (default: the compute dtype)."""
         y = matmul(x, self.kernel.get_value(), self.contract, self.compute_dtype, self.platform)
+        return self._finish(y, dtype)
+
+    def _finish(self, y: jax.Array, dtype: str | None = None) -> jax.Array:
         if self.bias is not None:
             y = y + self.bias.get_value()
         return y.astype(dtype or self.compute_dtype)
+
+
+def together(x: jax.Array, *linears: Linear) -> list[jax.Array]:
+    """The results of several Linears of one input x [..., I]; on CPU as one product, which is faster there."""
+    kernels = [linear.kernel.get_value() for linear in linears]
+    first = linears[0]
+    if first.platform != "cpu" or not all(isinstance(kernel, jax.Array) for kernel in kernels):
+        return [linear(x) for linear in linears]
+    widths = [math.prod(kernel.shape[1:]) for kernel in kernels]
+    joined = jnp.concatenate([k.reshape(-1, width) for k, width in zip(kernels, widths, strict=True)], axis=1)
+    parts = jax.lax.split(matmul(x, joined, 1, first.compute_dtype, "cpu"), widths, axis=x.ndim - 1)
+    return [
+        linear._finish(part.reshape(*x.shape[:-1], *kernel.shape[1:]))
+        for linear, part, kernel in zip(linears, parts, kernels, strict=True)
+    ]
 
 
 def matmul(x: jax.Array, weight: Any, contract: int, dtype: str, platform: str, transposed: bool = False) -> jax.Array:
@@ -135,7 +153,11 @@ def _cpu_matmul_backward(dtype: str, transposed: bool, saved: tuple, g: jax.Arra
     x, like_x, w = saved
     g = g.astype(dtype)
     dx = _dot(g, w.astype(dtype), (1,), (0,) if transposed else (1,))
-    dw = _dot(_moved(g), x, (1,), (0,)) if transposed else _dot(_moved(x), g, (1,), (0,))
+    left, right = (g, x) if transposed else (x, g)
+    if dtype == "float32":
+        dw = _dot(left, right, (0,), (0,))
+    else:
+        dw = _dot(_moved(left), right, (1,), (0,))
     return dx.astype(like_x.dtype), dw.astype(w.dtype)
 
 
@@ -148,6 +170,7 @@ def _dot(a: jax.Array, b: jax.Array, a_axes: tuple[int, ...], b_axes: tuple[int,
 
 def _moved(a: jax.Array) -> jax.Array:
     """The transpose of a [N, I], moved in memory: the reshape keeps XLA from folding it into the product."""
+    a = jax.lax.optimization_barrier(a)
     n, i = a.shape
     blocks = 2 if n % 2 == 0 else 1
     return a.reshape(blocks, n // blocks, i).transpose(2, 0, 1).reshape(i, n)

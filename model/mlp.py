@@ -5,10 +5,11 @@ from __future__ import annotations
 import functools
 
 import jax
+import jax.numpy as jnp
 from flax import nnx
 
 from model.config import ModelConfig
-from model.linear import Linear
+from model.linear import Linear, together
 from tpu.rules import constrain
 
 ACTIVATIONS = {
@@ -33,6 +34,13 @@ class MLP(nnx.Module):
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """x [B, T, D] -> [B, T, D]."""
-        activate = ACTIVATIONS[self.activation]
-        h = activate(self.up(x)) if self.gate is None else activate(self.gate(x)) * self.up(x)
-        return self.down(constrain(h, "batch", "sequence", "activation_mlp"))
+        h = together(x, self.up) if self.gate is None else together(x, self.gate, self.up)
+        return self.down(constrain(_nonlinearity(self.activation, *h), "batch", "sequence", "activation_mlp"))
+
+
+@functools.partial(jax.checkpoint, static_argnums=0)
+def _nonlinearity(activation: str, h: jax.Array, times: jax.Array | None = None) -> jax.Array:
+    """f(h), or f(h) * times, computed in float32. Its inputs alone are kept for the backward pass: computing them again
+    costs less than storing what lies between."""
+    y = ACTIVATIONS[activation](h.astype(jnp.float32))
+    return (y if times is None else y * times.astype(jnp.float32)).astype(h.dtype)

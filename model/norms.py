@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -22,11 +24,15 @@ class Norm(nnx.Module):
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """x [..., size] -> the same shape and dtype."""
-        y = x.astype(jnp.float32)
-        if self.kind == "layernorm":
-            y = y - y.mean(-1, keepdims=True)
-        y = y * jax.lax.rsqrt(jnp.square(y).mean(-1, keepdims=True) + self.eps)
-        y = y * self.scale.get_value().astype(jnp.float32)
-        if self.bias is not None:
-            y = y + self.bias.get_value().astype(jnp.float32)
-        return y.astype(x.dtype)
+        bias = None if self.bias is None else self.bias.get_value()
+        return _normalize(self.kind, self.eps, x, self.scale.get_value(), bias)
+
+
+@functools.partial(jax.checkpoint, static_argnums=(0, 1))
+def _normalize(kind: str, eps: float, x: jax.Array, scale: jax.Array, bias: jax.Array | None) -> jax.Array:
+    """Checkpointed: the backward pass computes the float32 intermediates again, which costs less than storing them."""
+    y = x.astype(jnp.float32)
+    if kind == "layernorm":
+        y = y - y.mean(-1, keepdims=True)
+    y = y * jax.lax.rsqrt(jnp.square(y).mean(-1, keepdims=True) + eps) * scale.astype(jnp.float32)
+    return (y if bias is None else y + bias.astype(jnp.float32)).astype(x.dtype)

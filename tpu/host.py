@@ -14,6 +14,7 @@ import time
 
 # Parameters of mallopt(3), from glibc's malloc.h.
 _M_TRIM_THRESHOLD, _M_MMAP_MAX, _M_ARENA_MAX = -1, -4, -8
+_MADV_HUGEPAGE, _HUGE_PAGE = 14, 2 * 2**20
 
 
 def keep_freed_memory() -> bool:
@@ -26,7 +27,17 @@ def keep_freed_memory() -> bool:
         return False
     libc = ctypes.CDLL(None)
     settings = ((_M_MMAP_MAX, 0), (_M_TRIM_THRESHOLD, -1), (_M_ARENA_MAX, 1))
-    return all(libc.mallopt(option, value) == 1 for option, value in settings)
+    if not all(libc.mallopt(option, value) == 1 for option, value in settings):
+        return False
+    # The heap that will be kept is reserved now, in huge pages: their faults are 512 times fewer. Nothing is touched.
+    libc.malloc.restype, libc.malloc.argtypes = ctypes.c_void_p, [ctypes.c_size_t]
+    libc.free.argtypes, libc.madvise.argtypes = [ctypes.c_void_p], [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
+    size = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
+    if block := libc.malloc(size):
+        start = -(-block // _HUGE_PAGE) * _HUGE_PAGE
+        libc.madvise(start, block + size - start, _MADV_HUGEPAGE)
+        libc.free(block)
+    return True
 
 
 def cpu_multiplies_bfloat16() -> bool:

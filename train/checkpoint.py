@@ -229,7 +229,7 @@ def _losses(directory: Path) -> dict[int, float]:
 def _open_manager(directory: Path) -> ocp.CheckpointManager:
     # It keeps all steps by default. Lightweight: it does not read the metadata of older steps, which may be damaged.
     # Directories made asynchronously are waited for, after a failure, by threads that keep the process from exiting.
-    writing = ocp.AsyncOptions(create_directories_asynchronously=True)
+    writing = ocp.AsyncOptions(create_directories_asynchronously=False)
     options = ocp.CheckpointManagerOptions(create=False, lightweight_initialize=True, async_options=writing)
     return ocp.CheckpointManager(directory, options=options)
 

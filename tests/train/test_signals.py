@@ -44,7 +44,7 @@ def test_first_signal_lets_the_work_in_hand_end(name):
     process = start(LOOP)
     process.send_signal(getattr(signal, name))
     assert process.stdout.readline() == name + "\n"
-    out, err = process.communicate("\n", timeout=30)
+    out, err = process.communicate("\n", timeout=120)
     assert (process.returncode, out, err) == (0, "saved\n", LINE.format(name))
 
 
@@ -54,7 +54,7 @@ def test_second_signal_exits_at_once(second):
     process.send_signal(signal.SIGTERM)
     assert process.stdout.readline() == "SIGTERM\n"
     process.send_signal(getattr(signal, second))
-    out, err = process.communicate(timeout=30)
+    out, err = process.communicate(timeout=120)
     assert (process.returncode, out, err) == (128 + getattr(signal, second), "", LINE.format("SIGTERM"))
 
 
@@ -65,7 +65,7 @@ def test_a_closed_terminal_does_not_cost_the_save():
     os.close(write)
     process.send_signal(signal.SIGINT)
     assert process.stdout.readline() == "SIGINT\n"
-    out, _ = process.communicate("\n", timeout=30)
+    out, _ = process.communicate("\n", timeout=120)
     assert (process.returncode, out) == (0, "saved\n")
 
 
@@ -82,7 +82,7 @@ def test_a_signal_during_native_code_is_noted_after_it():
         """
     )
     process.send_signal(signal.SIGTERM)
-    out, err = process.communicate(timeout=60)
+    out, err = process.communicate(timeout=120)
     assert (process.returncode, out, err) == (0, "SIGTERM\n", LINE.format("SIGTERM"))
 
 

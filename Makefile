@@ -1,0 +1,36 @@
+# Two commands: `make quickstart` sets up everything and trains; `make test` sets up everything and tests.
+
+PYTHON ?= python3
+VENV ?= .venv
+WORKDIR ?= runs/quickstart
+BIN := $(VENV)/bin
+
+.PHONY: quickstart test clean
+
+quickstart: $(VENV)/.installed
+	$(BIN)/python -m train.pretrain --config=configs/quickstart.py --workdir=$(WORKDIR)
+	$(BIN)/python -m train.evaluate --checkpoint=$(WORKDIR)
+	$(BIN)/python -m serve.generate --checkpoint=$(WORKDIR) --samples=3 --max_tokens=120 --seed=1
+	@echo
+	@echo "To write on from words of your own:"
+	@echo "  $(BIN)/python -m serve.generate --checkpoint=$(WORKDIR) --prompt='The with statement'"
+	@echo "To train on for as long again:"
+	@echo "  $(BIN)/python -m train.pretrain --config=configs/quickstart.py --workdir=$(WORKDIR) --config.run.steps=1400"
+
+test: $(VENV)/.installed-test
+	$(BIN)/python -m ruff check .
+	$(BIN)/python -m ruff format --check .
+	$(BIN)/python -m pytest -n 2
+
+$(VENV)/.installed: setup.py
+	@$(PYTHON) -c "import sys; sys.exit(sys.version_info < (3, 11) and 'Python 3.11 or newer is needed: make PYTHON=python3.12')"
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e .
+	@touch $@
+
+$(VENV)/.installed-test: $(VENV)/.installed
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e ".[test]"
+	@touch $@
+
+clean:
+	rm -rf $(VENV) build *.egg-info .pytest_cache .ruff_cache

@@ -1,0 +1,41 @@
+"""Packaging of Foursight: what it needs, and the extras for what only some people need."""
+
+from setuptools import find_packages, setup
+
+setup(
+    name="foursight",
+    version="0.1.0",
+    description="The GPT-4 recipe in JAX: train, align, shrink and serve a GPT-4-family model; rehearse it on a laptop.",
+    long_description=open("README.md", encoding="utf-8").read(),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    python_requires=">=3.11",
+    packages=find_packages(include=["configs", "model*", "serve*", "tpu*", "train*"]),
+    install_requires=[
+        "jax>=0.10",
+        "flax>=0.12",
+        "optax>=0.2.5",
+        "orbax-checkpoint>=0.11",
+        "grain>=0.2.12",
+        "tensorflow-datasets>=4.9.9",
+        "importlib_resources",  # tensorflow-datasets needs it to prepare a data set and does not say so
+        "absl-py",
+        "ml_collections>=1.0",
+        "numpy>=2",
+        "pillow",
+        "tokenizers>=0.21",
+        "safetensors",
+        "tensorboardX",  # TensorBoard event files without TensorFlow
+    ],
+    extras_require={
+        "data": ["ftfy", "py3langid", "sentencepiece", "pyarrow"],
+        "serve": ["starlette", "uvicorn", "llguidance"],
+        "tune": ["optuna"],
+        "eval": ["lm-eval"],
+        "plot": ["matplotlib"],
+        "cuda": ["jax[cuda13]"],
+        "tpu": ["jax[tpu]"],
+        "test": ["pytest", "pytest-xdist", "hypothesis", "ruff", "sentencepiece", "pyarrow"],
+        "peers": ["torch", "transformers", "peft"],
+    },
+)

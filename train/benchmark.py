@@ -1,0 +1,111 @@
+"""Speed of an experiment on this machine: training by default, generation with --decode. Data are random tokens.
+
+    python -m train.benchmark --config=configs/gpt2.py:124m --config.data.batch_size=4 --json=speed.json
+    python -m train.benchmark --config=configs/gpt2.py:124m --decode --config.model.compute_dtype=float32
+
+Needs neither Grain nor tensorflow-datasets.
+"""
+
+from __future__ import annotations
+
+import json
+import pathlib
+import statistics
+import time
+from typing import Any
+
+from absl import flags
+
+from tpu import host
+from train import entry
+from train.config import Experiment
+
+if __name__ == "__main__":
+    entry.define_config()
+    flags.DEFINE_integer("steps", 20, "steps to time, after the first two", lower_bound=1)
+    flags.DEFINE_boolean("decode", False, "time generation instead of training")
+    flags.DEFINE_integer("rows", 1, "with --decode: sequences generated at a time", lower_bound=1)
+    flags.DEFINE_integer("prompt_tokens", 16, "with --decode: tokens of the prompt", lower_bound=1)
+    flags.DEFINE_integer("new_tokens", 128, "with --decode: tokens to generate", lower_bound=1)
+    flags.DEFINE_string("json", None, "also write the figures to this file")
+
+
+def main() -> int:
+    """Measures --config."""
+    experiment = entry.experiment_from_flags()
+    started = time.perf_counter()
+    host.keep_freed_memory()
+    backend = host.start_backend(compilation_cache=False)
+    import jax
+
+    experiment.model = experiment.model.placed(backend, host.fast_dtype(backend))
+    figures = {
+        "device": f"{jax.device_count()} x {jax.devices()[0].device_kind}",
+        "jax": jax.__version__,
+        "compute_dtype": experiment.model.compute_dtype,
+        "matmul_flops_per_second": host.measured_matmul_rate(experiment.model.compute_dtype),
+    }
+    if entry.FLAGS.decode:
+        figures |= decode_figures(
+            experiment, entry.FLAGS.rows, entry.FLAGS.prompt_tokens, entry.FLAGS.new_tokens, entry.FLAGS.steps
+        )
+    else:
+        figures |= training_figures(experiment, entry.FLAGS.steps, started)
+        peak = figures["matmul_flops_per_second"] * jax.device_count()
+        figures["mfu"] = figures["model_flops_per_second"] / peak
+    figures["peak_host_bytes"] = host.peak_host_bytes()
+    figures["peak_device_bytes"] = host.device_bytes(peak=True)
+    for name, value in figures.items():
+        print(f"{name:26}{value:,.4g}" if isinstance(value, float) else f"{name:26}{value}")
+    if entry.FLAGS.json:
+        pathlib.Path(entry.FLAGS.json).write_text(json.dumps(figures, indent=1))
+    return 0
+
+
+def training_figures(experiment: Experiment, steps: int, started: float) -> dict[str, Any]:
+    """Seconds to the end of the first step since `started`, and the median over `steps` later ones."""
+    import jax
+    import numpy as np
+
+    from tpu.mesh import make_mesh
+    from train.data.batch import Batch
+    from train.step import make_program
+    from train.summary import flops_per_token, parameter_counts
+
+    rows, tokens = experiment.data.batch_size, experiment.data.context
+    drawn = np.random.default_rng(0).integers(0, experiment.model.vocab_size, (rows, tokens + 1), dtype=np.int32)
+    batch = Batch(
+        tokens=drawn[:, :-1],
+        targets=drawn[:, 1:],
+        loss_weights=np.ones((rows, tokens), np.float32),
+        segments=np.ones((rows, tokens), np.int32),
+        positions=np.broadcast_to(np.arange(tokens, dtype=np.int32), (rows, tokens)),
+    )
+    mesh = make_mesh(experiment.mesh)
+    seconds = []
+    with jax.set_mesh(mesh):
+        program = make_program(experiment, mesh)
+        state = program.init(jax.random.key(experiment.run.seed))
+        for _ in range(steps + 2):
+            before = time.perf_counter()
+            state, metrics = program.step(state, batch)
+            jax.block_until_ready(metrics)
+            seconds.append(time.perf_counter() - before)
+            if len(seconds) == 1:
+                first = time.perf_counter() - started
+    weights = program.abstract_state.weights
+    flops = flops_per_token(experiment.model, weights, tokens)
+    step_seconds = statistics.median(seconds[2:])
+    return {
+        "parameters": parameter_counts(weights)["total"],
+        "loss": float(metrics["loss"]),
+        "first_step_seconds": first,
+        "step_seconds": step_seconds,
+        "tokens_per_second": rows * tokens / step_seconds,
+        "flops_per_token": flops,
+        "model_flops_per_second": rows * tokens * flops / step_seconds,
+    }
+
+
+if __name__ == "__main__":
+    entry.run(main)
