@@ -1,12 +1,14 @@
 """Packaging of Foursight: what it needs, and the extras for what only some people need."""
 
+import pathlib
+
 from setuptools import find_packages, setup
 
 setup(
     name="foursight",
     version="0.1.0",
-    description="The GPT-4 recipe in JAX: train, align, shrink and serve a GPT-4-family model; rehearse it on a laptop.",
-    long_description=open("README.md", encoding="utf-8").read(),
+    description="The GPT-4 recipe in JAX: train, align, shrink and serve; rehearsed on a laptop.",
+    long_description=pathlib.Path("README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     python_requires=">=3.11",

@@ -1,6 +1,9 @@
 """The quick start: a GPT trained from nothing on the Python library reference and source that come with Python.
 
-python -m train.pretrain --config=configs/quickstart.py --workdir=runs/quickstart
+    python -m train.pretrain --config=configs/quickstart.py --workdir=runs/quickstart
+
+Four layers of width 256 over 4,096 byte-pair tokens: 4.2 million parameters, 1.2 million tokens, three to six minutes on
+two CPU cores. `python -m train.evaluate --checkpoint=runs/quickstart` compares the result with xz and zlib.
 """
 
 from model.config import ModelConfig
@@ -8,14 +11,14 @@ from train.config import DataConfig, Experiment, OptimizerConfig, RunConfig
 
 
 def get_config() -> Experiment:
-    """About five minutes on two CPU cores."""
+    """Small rows and Muon (arXiv:2502.16982): the fastest way down in few tokens that we found."""
     return Experiment(
         name="quickstart",
         model=ModelConfig(
             vocab_size=4096,
-            layers=6,
-            embed_dim=384,
-            heads=6,
+            layers=4,
+            embed_dim=256,
+            heads=4,
             activation="gelu_tanh",
             positions="rope",
             norm="rmsnorm",
@@ -23,7 +26,7 @@ def get_config() -> Experiment:
             mlp_bias=False,
             qk_norm=True,
         ),
-        data=DataConfig(sources=("python_docs",), tokenizer="bpe", context=256, batch_size=12, holdout=0.03),
-        optimizer=OptimizerConfig(name="adamw", learning_rate=2e-3, warmup_steps=50, final_fraction=0.0),
-        run=RunConfig(steps=600, eval_every=200, eval_batches=8, save_every=200),
+        data=DataConfig(sources=("python_docs",), tokenizer="bpe", context=256, batch_size=8, holdout=0.03),
+        optimizer=OptimizerConfig(name="muon", learning_rate=1e-2, warmup_steps=30, final_fraction=0.0),
+        run=RunConfig(steps=600, eval_every=200, eval_batches=8, save_every=200, log_every=20),
     )

@@ -20,9 +20,11 @@ from tpu import host
 from train import entry
 from train.config import Experiment
 
+WARM_UP_STEPS = 5  # On CPU the first steps still fault in the memory that later ones reuse.
+
 if __name__ == "__main__":
     entry.define_config()
-    flags.DEFINE_integer("steps", 20, "steps to time, after the first two", lower_bound=1)
+    flags.DEFINE_integer("steps", 20, "steps to time, after five that warm up", lower_bound=1)
     flags.DEFINE_boolean("decode", False, "time generation instead of training")
     flags.DEFINE_integer("rows", 1, "with --decode: sequences generated at a time", lower_bound=1)
     flags.DEFINE_integer("prompt_tokens", 16, "with --decode: tokens of the prompt", lower_bound=1)
@@ -43,7 +45,6 @@ def main() -> int:
         "device": f"{jax.device_count()} x {jax.devices()[0].device_kind}",
         "jax": jax.__version__,
         "compute_dtype": experiment.model.compute_dtype,
-        "matmul_flops_per_second": host.measured_matmul_rate(experiment.model.compute_dtype),
     }
     if entry.FLAGS.decode:
         figures |= decode_figures(
@@ -51,8 +52,9 @@ def main() -> int:
         )
     else:
         figures |= training_figures(experiment, entry.FLAGS.steps, started)
-        peak = figures["matmul_flops_per_second"] * jax.device_count()
-        figures["mfu"] = figures["model_flops_per_second"] / peak
+    rate = figures["matmul_flops_per_second"] = host.measured_matmul_rate(experiment.model.compute_dtype)
+    if not entry.FLAGS.decode:
+        figures["mfu"] = figures["model_flops_per_second"] / (rate * jax.device_count())
     figures["peak_host_bytes"] = host.peak_host_bytes()
     figures["peak_device_bytes"] = host.device_bytes(peak=True)
     for name, value in figures.items():
@@ -86,7 +88,7 @@ def training_figures(experiment: Experiment, steps: int, started: float) -> dict
     with jax.set_mesh(mesh):
         program = make_program(experiment, mesh)
         state = program.init(jax.random.key(experiment.run.seed))
-        for _ in range(steps + 2):
+        for _ in range(steps + WARM_UP_STEPS):
             before = time.perf_counter()
             state, metrics = program.step(state, batch)
             jax.block_until_ready(metrics)
@@ -95,7 +97,7 @@ def training_figures(experiment: Experiment, steps: int, started: float) -> dict
                 first = time.perf_counter() - started
     weights = program.abstract_state.weights
     flops = flops_per_token(experiment.model, weights, tokens)
-    step_seconds = statistics.median(seconds[2:])
+    step_seconds = statistics.median(seconds[WARM_UP_STEPS:])
     return {
         "parameters": parameter_counts(weights)["total"],
         "loss": float(metrics["loss"]),
@@ -104,6 +106,50 @@ def training_figures(experiment: Experiment, steps: int, started: float) -> dict
         "tokens_per_second": rows * tokens / step_seconds,
         "flops_per_token": flops,
         "model_flops_per_second": rows * tokens * flops / step_seconds,
+    }
+
+
+def decode_figures(
+    experiment: Experiment, rows: int, prompt_length: int, new_tokens: int, repeats: int
+) -> dict[str, Any]:
+    """Greedy generation by random weights: tokens per second of all rows together, the prompt's pass included.
+
+    Medians over `repeats` generations, after one that compiles.
+    """
+    import jax
+    import numpy as np
+
+    from model import transformer
+    from model.decode import decoding_weights, make_decoder, pad_prompts, row_keys, slots_for
+    from model.sampling import Sampling
+
+    config = experiment.model
+    config.check_context(prompt_length + new_tokens, "prompt_tokens + new_tokens")
+    graphdef, _, _ = transformer.build(config)
+    weights = jax.jit(lambda key: transformer.init(config, key))(jax.random.key(experiment.run.seed))
+    weights = decoding_weights(config, weights)
+    # No token ends a row: the end of the document is a number that is never drawn.
+    decoder = make_decoder(config, graphdef, config.vocab_size, end_of_document=config.vocab_size)
+    drawn = np.random.default_rng(0).integers(0, config.vocab_size, (rows, prompt_length))
+    tokens, lengths = pad_prompts(drawn.tolist(), None)
+    greedy = Sampling(*(np.full(rows, value, np.float32) for value in (1, 0, 0, 1, 0)))
+    keys = row_keys(range(rows), range(rows))
+    limits = np.full(rows, new_tokens, np.int32)
+    slots = slots_for(tokens.shape[1], prompt_length + new_tokens)
+    seconds = []
+    for _ in range(repeats + 1):
+        before = time.perf_counter()
+        state, _, _ = decoder.start(weights, tokens, lengths, greedy, keys, limits, slots)
+        if new_tokens > 1:
+            _, last, _ = decoder.decode(weights, state, greedy, new_tokens - 1)
+            jax.block_until_ready(last)
+        seconds.append(time.perf_counter() - before)
+    return {
+        "rows": rows,
+        "prompt_tokens": prompt_length,
+        "new_tokens": new_tokens,
+        "first_call_seconds": seconds[0],
+        "decode_tokens_per_second": rows * new_tokens / statistics.median(seconds[1:]),
     }
 
 

@@ -142,7 +142,7 @@ def make_program(experiment: Experiment, mesh: Mesh) -> Program:
         _, nll = loss_sums(transformer.bind(graphdef, weights), batch, experiment, None)
         return {"nll_sum": nll, "loss_tokens": batch.loss_weights.sum()}
 
-    abstract_state = _laid_out(jax.eval_shape(init, jax.random.key(0)), rule, axes, mesh)
+    abstract_state = _laid_out(jax.eval_shape(init, jax.random.key(0)), axes, mesh)
     shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract_state)
     rows, everywhere = rules.sharding(mesh, ("batch", "sequence")), NamedSharding(mesh, PartitionSpec())
     return Program(
@@ -156,25 +156,22 @@ def make_program(experiment: Experiment, mesh: Mesh) -> Program:
     )
 
 
-def _laid_out(state: TrainState, rule: optax.GradientTransformation, axes: Any, mesh: Mesh) -> TrainState:
-    """The abstract state with a sharding on every leaf: a weight's by its axes, and its optimizer state's the same."""
-    everywhere = NamedSharding(mesh, PartitionSpec())
-    weights = rules.tree_shardings(mesh, axes)
-    kept = optax.tree_map_params(
-        rule,
-        lambda leaf, weight, sharding: sharding if leaf.shape == weight.shape else everywhere,
-        state.optimizer_state,
-        state.weights,
-        weights,
-        transform_non_params=lambda _: everywhere,
-    )
-    shardings = TrainState(
-        step=everywhere,
-        weights=weights,
-        optimizer_state=kept,
-        ema=None if state.ema is None else weights,
-        key=everywhere,
-        skipped=everywhere,
-        skipped_in_a_row=everywhere,
-    )
-    return jax.tree.map(lambda leaf, s: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=s), state, shardings)
+def _laid_out(state: TrainState, axes: Any, mesh: Mesh) -> TrainState:
+    """The abstract state with a sharding on every leaf: a weight's by its axes, what belongs to a weight the same.
+
+    The optimizer's leaves belong to the weight with whose path theirs ends, where the shape is that weight's too.
+    """
+    layout = rules.tree_shardings(mesh, axes)
+    of_weight = {
+        (jax.tree_util.keystr(path), weight.shape): sharding
+        for (path, weight), sharding in zip(
+            jax.tree_util.tree_leaves_with_path(state.weights), jax.tree.leaves(layout), strict=True
+        )
+    }
+
+    def lay_out(path: tuple, leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+        endings = (jax.tree_util.keystr(path[start:]) for start in range(len(path)))
+        found = (of_weight[end, leaf.shape] for end in endings if (end, leaf.shape) in of_weight)
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=next(found, NamedSharding(mesh, PartitionSpec())))
+
+    return jax.tree_util.tree_map_with_path(lay_out, state)
