@@ -2,8 +2,8 @@
 
     python -m train.pretrain --config=configs/quickstart.py --workdir=runs/quickstart
 
-Four layers of width 256 over 4,096 byte-pair tokens: 4.2 million parameters, 1.2 million tokens, three to six minutes on
-two CPU cores. `python -m train.evaluate --checkpoint=runs/quickstart` compares the result with xz and zlib.
+Four layers of width 256 over 4,096 byte-pair tokens: 4.2 million parameters, 1.2 million tokens, three to six minutes
+on two CPU cores. `python -m train.evaluate --checkpoint=runs/quickstart` compares the result with xz and zlib.
 """
 
 from model.config import ModelConfig

@@ -28,21 +28,20 @@ def optimizer(config: OptimizerConfig, learning_rate: optax.Schedule, axes: Any)
         rule = optax.adamw(learning_rate, config.beta1, config.beta2, config.eps, weight_decay=decay, mask=decays)
     elif config.name == "lion":
         rule = optax.lion(learning_rate, config.beta1, config.beta2, weight_decay=decay, mask=decays)
-    elif config.name == "muon":
-        rule = muon(
-            learning_rate,
-            beta=config.beta1,
-            weight_decay=decay,
-            weight_decay_mask=decays,
-            adam_b1=config.beta1,
-            adam_b2=config.beta2,
-            muon_weight_dimension_numbers=matrix_dimensions(axes),
-            consistent_rms=0.2,
-        )
     else:
         scale = {
             "adafactor": lambda: optax.chain(optax.scale_by_factored_rms(decay_rate=0.8), optax.clip_by_block_rms(1.0)),
             "sgd": lambda: optax.trace(config.beta1),
+            # Minus one cancels the sign that muon gives its result. Its own decay would leave out what adam takes.
+            "muon": lambda: muon(
+                -1.0,
+                beta=config.beta1,
+                eps=config.eps,
+                adam_b1=config.beta1,
+                adam_b2=config.beta2,
+                muon_weight_dimension_numbers=matrix_dimensions(axes),
+                consistent_rms=0.2,
+            ),
         }[config.name]()
         rule = optax.chain(scale, optax.add_decayed_weights(decay, decays), optax.scale_by_learning_rate(learning_rate))
     return optax.chain(optax.clip_by_global_norm(config.clip_norm), rule) if config.clip_norm else rule
@@ -74,7 +73,7 @@ def matrix_dimensions(axes: Any) -> Any:
 
 
 def ema_update(average: Any, weights: Any, decay: float, step: jax.Array) -> Any:
-    """Exponential moving average; the decay rises as (1 + step) / (10 + step) at first, so that it forgets the start."""
+    """Exponential moving average; its decay is at most (1 + step) / (10 + step), so that it forgets the start."""
     rate = jnp.minimum(decay, (1 + step) / (10 + step))
     return jax.tree.map(lambda a, w: a + (1 - rate).astype(a.dtype) * (w - a).astype(a.dtype), average, weights)
 

@@ -9,22 +9,23 @@ python tests/peers/gpt_torch.py --layers 6 --embed_dim 384 --heads 6 --context 2
 
 from __future__ import annotations
 
+# ruff: noqa: E402 (the import of torch is part of the time to the first step)
 import time
 
-STARTED = time.perf_counter()  # before torch: its import is part of the time to the first step
+STARTED = time.perf_counter()
 
-import argparse  # noqa: E402
-import contextlib  # noqa: E402
-import json  # noqa: E402
-import math  # noqa: E402
-import resource  # noqa: E402
-import statistics  # noqa: E402
-from collections.abc import Callable  # noqa: E402
-from pathlib import Path  # noqa: E402
+import argparse
+import contextlib
+import json
+import math
+import resource
+import statistics
+from collections.abc import Callable
+from pathlib import Path
 
-import torch  # noqa: E402
-from torch import nn  # noqa: E402
-from torch.nn import functional as F  # noqa: E402
+import torch
+from torch import nn
+from torch.nn import functional as F
 
 WARM_UP_STEPS = 2  # after the first
 

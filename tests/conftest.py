@@ -1,0 +1,126 @@
+"""What the tests share: caches of their own, eight simulated devices, small models, a micro experiment and its corpus.
+
+In this process jax compiles without most optimisations, which takes a third of the time; the processes that tests start
+compile as users' do. Compiled programs are kept between runs of the tests, tokens and tokenizers are not.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import getpass
+import json
+import os
+import random
+import shutil
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+# Before jax is imported, and inherited by the processes that tests start.
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+os.environ["JAX_COMPILATION_CACHE_DIR"] = f"{tempfile.gettempdir()}/foursight-compiled-{getpass.getuser()}"
+os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
+if "PYTEST_XDIST_WORKER" not in os.environ:  # Workers share what the first process made.
+    os.environ["FOURSIGHT_CACHE"] = tempfile.mkdtemp(prefix="foursight-tests-")
+
+import hypothesis
+import jax
+from hypothesis import strategies as st
+
+from model.config import ModelConfig
+from train.config import DataConfig, Experiment, MeshConfig, OptimizerConfig, RunConfig
+
+jax.config.update("jax_num_cpu_devices", 8)
+jax.config.update("jax_disable_most_optimizations", True)
+# The same examples in every run, so that a failure is there again and compiled programs are found again.
+hypothesis.settings.register_profile("tests", deadline=None, derandomize=True, database=None)
+hypothesis.settings.load_profile("tests")
+
+
+def pytest_unconfigure() -> None:
+    """Removes this session's caches."""
+    if "PYTEST_XDIST_WORKER" not in os.environ:
+        shutil.rmtree(os.environ["FOURSIGHT_CACHE"], ignore_errors=True)
+
+
+@pytest.fixture(scope="session")
+def one_device() -> jax.sharding.Mesh:
+    """The mesh of the first device alone."""
+    from tpu.mesh import make_mesh
+
+    return make_mesh(MeshConfig(), jax.devices()[:1])
+
+
+@pytest.fixture(scope="session")
+def model_configs() -> st.SearchStrategy[ModelConfig]:
+    """Small resolved models over everything that a ModelConfig can say about what is computed."""
+
+    @st.composite
+    def configs(draw: st.DrawFn) -> ModelConfig:
+        kv_heads, group = draw(st.sampled_from([(1, 1), (1, 4), (2, 1), (2, 2), (3, 1)]))
+        pattern = draw(st.sampled_from([("global",), ("local",), ("local", "global"), ("global", "local", "local")]))
+        return ModelConfig(
+            vocab_size=draw(st.integers(3, 40)),
+            layers=len(pattern) * draw(st.integers(1, 2)),
+            embed_dim=draw(st.sampled_from([4, 12, 18])),
+            heads=kv_heads * group,
+            kv_heads=kv_heads,
+            head_dim=draw(st.sampled_from([2, 6])),
+            mlp_dim=draw(st.sampled_from([0, 5])),
+            activation=draw(st.sampled_from(["gelu", "gelu_tanh", "relu", "swiglu", "geglu"])),
+            pattern=pattern,
+            window=draw(st.integers(1, 5)),
+            positions=draw(st.sampled_from(["rope", "learned", "sinusoidal", "none"])),
+            max_positions=draw(st.integers(12, 20)),
+            rope_theta=draw(st.sampled_from([100.0, 1e4])),
+            norm=draw(st.sampled_from(["layernorm", "rmsnorm"])),
+            norm_eps=draw(st.sampled_from([1e-6, 1e-1])),
+            norm_order=draw(st.sampled_from(["pre", "post"])),
+            qk_norm=draw(st.booleans()),
+            attention_bias=draw(st.booleans()),
+            mlp_bias=draw(st.booleans()),
+            norm_bias=draw(st.booleans()),
+            tied_head=draw(st.booleans()),
+            attention_softcap=draw(st.sampled_from([0.0, 1.5])),
+            logits_softcap=draw(st.sampled_from([0.0, 2.0])),
+            layer_loop=draw(st.sampled_from(["scan", "unroll"])),
+            attention=draw(st.sampled_from(["plain", "chunked"])),
+        ).resolved()
+
+    return configs()
+
+
+@pytest.fixture(scope="session")
+def corpus_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Eighty short documents of made-up words, as JSON lines."""
+    rng = random.Random(0)
+    words = ["".join(rng.choices("etaoinshrdlu", k=rng.randint(2, 7))) for _ in range(60)]
+    documents = [" ".join(rng.choices(words, k=rng.randint(20, 120))) for _ in range(80)]
+    path = tmp_path_factory.mktemp("corpus") / "corpus.jsonl"
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in documents))
+    return path
+
+
+@pytest.fixture(scope="session")
+def micro(corpus_file: Path) -> Callable[..., Experiment]:
+    """A function that gives an experiment of seconds, with the fields of a branch that it is told replaced."""
+    experiment = Experiment(
+        name="micro",
+        model=ModelConfig(
+            vocab_size=257, layers=2, embed_dim=32, heads=2, attention_bias=False, mlp_bias=False, residual_dropout=0.1
+        ),
+        data=DataConfig(
+            sources=(str(corpus_file),), tokenizer="bytes", bpe_vocab_size=257, context=64, batch_size=4, holdout=0.2
+        ),
+        optimizer=OptimizerConfig(learning_rate=3e-3, warmup_steps=2, accumulation=2),
+        run=RunConfig(steps=8, eval_every=0, eval_batches=2, save_every=0, log_every=1, tensorboard=False),
+    )
+
+    def changed(**branches: dict[str, Any]) -> Experiment:
+        parts = {name: dataclasses.replace(getattr(experiment, name), **fields) for name, fields in branches.items()}
+        return dataclasses.replace(experiment, **parts).resolved()
+
+    return changed
