@@ -69,7 +69,7 @@ def train(
     watch = _Watch(writer, console, run, rates)
     started = time.monotonic()
     pending: tuple[int, dict[str, jax.Array], float] | None = None
-    last_saved, now, held_out = first_step, first_step, None
+    last_saved, now = first_step, first_step
     reason = "finished"
     while now < run.steps and not stop.requested:
         before = time.perf_counter()
@@ -86,6 +86,7 @@ def train(
             pending = None
         if reason == "diverged":
             break
+        held_out = None
         if _due(now, run.eval_every) or now == run.steps:
             with watch.paused():
                 held_out = evaluate(state)
@@ -95,11 +96,11 @@ def train(
         if _due(now, run.save_every) or now == run.steps:
             with watch.paused():
                 checkpointer.save(now, state, meta(now), held_out)
-            last_saved, held_out = now, None
+            last_saved = now
         checkpointer.poll()
-    if pending is not None:
-        watch.report(*pending)
-    if stop.requested and now < run.steps:
+    if pending is not None and watch.report(*pending) >= run.max_bad_steps:
+        reason = "diverged"
+    if reason == "finished" and now < run.steps:
         reason = stop.requested
     if now > last_saved or reason == "diverged":
         checkpointer.save(now, state, meta(now))
@@ -157,9 +158,13 @@ class _Watch:
         return values["skipped_in_a_row"]
 
     def _is_spike(self, loss: float) -> bool:
-        """Compares with a running mean over about 50 steps, after the first 20, and takes the loss into it."""
+        """Compares with a running mean over about 50 steps, after the first 20, and takes the loss into it.
+
+        A spike enters the mean as the highest loss that is none, so that it does not hide the next one.
+        """
         if not math.isfinite(loss):
             return False
-        mean, self._seen = self._mean_loss, self._seen + 1
-        self._mean_loss = loss if mean is None else mean + max(0.02, 1 / self._seen) * (loss - mean)
-        return mean is not None and self._seen > 20 and loss > self._run.spike_factor * mean
+        mean = loss if self._mean_loss is None else self._mean_loss
+        highest, self._seen = self._run.spike_factor * mean, self._seen + 1
+        self._mean_loss = mean + max(0.02, 1 / self._seen) * (min(loss, highest) - mean)
+        return self._seen > 20 and loss > highest

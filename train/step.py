@@ -103,7 +103,7 @@ def make_program(experiment: Experiment, mesh: Mesh) -> Program:
 
     def step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
         (trained, nll), gradient = gradients(state.weights, batch, jax.random.fold_in(state.key, state.step))
-        gradient_norm = optax.global_norm(gradient)
+        gradient_norm = optax.tree.norm(gradient)
         finite = jnp.isfinite(trained) & jnp.isfinite(gradient_norm)
         with jax.named_scope("optimizer"):
             updates, optimizer_state = rule.update(gradient, state.optimizer_state, state.weights)
@@ -130,7 +130,7 @@ def make_program(experiment: Experiment, mesh: Mesh) -> Program:
             "loss": trained,
             "nll": nll,
             "grad_norm": gradient_norm,
-            "update_ratio": optax.global_norm(updates) / optax.global_norm(state.weights),
+            "update_ratio": optax.tree.norm(updates) / optax.tree.norm(state.weights),
             "learning_rate": learning_rate(state.step - state.skipped),
             "loss_tokens": batch.loss_weights.sum(),
             "skipped": new.skipped,

@@ -302,6 +302,7 @@ def test_tokens_that_the_tokenizer_does_not_have_are_never_drawn():
     assert set(np.unique(drawn)) <= {NO_TOKEN, *range(8)}
     everything, _ = generate(decoder_of(end=7), model, [[7, 1]] * 4, hot, range(4))
     assert everything.max() > 8
+    assert min(len(set(row)) for row in everything) > 5, "every position of a row has a key of its own"
 
 
 def test_new_prompts_and_parameters_of_the_same_shape_compile_nothing():

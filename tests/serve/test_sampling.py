@@ -13,14 +13,14 @@ import numpy as np
 import pytest
 import scipy.special
 import scipy.stats
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from serve.sampling import Sampling, draw, filtered, penalized
 
 V = 12
 # A grid of few values, so that equal logits are common; zeros of both signs among them.
-LOGITS = st.lists(st.integers(-24, 24).map(lambda i: i / 4 if i else -0.0), min_size=V, max_size=V)
+LOGITS = st.lists(st.sampled_from([-0.0, *(i / 4 for i in range(-24, 25))]), min_size=V, max_size=V)
 FILTERS = st.tuples(st.integers(0, V + 2), st.floats(0.01, 1.0), st.floats(0.0, 0.99))
 
 jit_filtered, jit_draw = jax.jit(filtered), jax.jit(draw)
@@ -51,6 +51,7 @@ def reference(logits: np.ndarray, top_k: int, top_p: float, min_p: float) -> tup
 
 @settings(max_examples=150)
 @given(LOGITS, FILTERS)
+@example([0.0, -0.0] * (V // 2), (3, 1.0, 0.0))
 def test_exactly_the_right_tokens_stay(logits, filters):
     logits = np.array(logits)
     found = np.asarray(jit_filtered(logits[None].astype(np.float32), *(np.array([f], np.float32) for f in filters)))[0]

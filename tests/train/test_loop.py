@@ -259,13 +259,13 @@ def test_divergence_is_not_hidden_by_a_signal(tmp_path):
 
 def test_a_spike_is_marked_and_said(tmp_path, capsys):
     def loss(step: int) -> float:
-        return {10: 9.0, 35: 4.4, 40: 4.8}.get(step, 3.0 + 0.1 * (step % 2))
+        return {10: 9.0, 35: 4.4, 40: 5.5}.get(step, 3.0 + 0.1 * (step % 2))
 
     run_loop(tmp_path, config(steps=50), losses=loss)
     assert [line["step"] for line in lines(tmp_path) if line.get("spike")] == [40]  # 10 is too early, 35 too small
     said = [line for line in capsys.readouterr().out.splitlines() if "spikes" in line]
     assert len(said) == 1
-    assert said[0].startswith("step 40: loss 4.8000 spikes above its mean 3.")
+    assert said[0].startswith("step 40: loss 5.5000 spikes above its mean 3.")
 
 
 @pytest.mark.parametrize("name", ["SIGTERM", "SIGINT"])

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 
 import jax
-import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -60,7 +59,6 @@ def test_counts_and_operations_of_any_model(model_configs, data):
 def test_operations_are_about_six_per_weight_and_token():
     config = ModelConfig(vocab_size=50, layers=4, embed_dim=128, heads=4).resolved().placed("cpu", "float32")
     counted = flops_per_token(config, transformer.build(config)[1], 1)
-    assert counted / (6 * count(config)[0]) == np.float64(counted) / (6 * count(config)[0])
     assert 0.99 < counted / (6 * count(config)[0]) < 1.01
 
 
@@ -91,7 +89,7 @@ def test_the_summary_of_an_experiment(capsys):
 
 def test_optimizer_bytes_follow_the_rule():
     def state(name: str) -> int:
-        experiment = Experiment(model=ModelConfig(layers=2, embed_dim=64), optimizer=OptimizerConfig(name=name))
+        experiment = Experiment(model=ModelConfig(layers=2, embed_dim=192), optimizer=OptimizerConfig(name=name))
         return summarize(experiment.resolved())["bytes"]["optimizer"]
 
     sizes = {name: state(name) for name in ("adamw", "lion", "sgd", "muon", "adafactor")}
