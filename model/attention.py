@@ -78,7 +78,11 @@ def plain_attention(
     b, h, t, width = q.shape
     g = k.shape[1]
     q = q.reshape(b, g, h // g, t, width)
-    scores = jnp.einsum("bgrtk,bgsk->bgrts", q, k, preferred_element_type=jnp.float32) * width**-0.5
+    if t == 1:  # Generation: with the keys on the left XLA:CPU reads the cache as it lies.
+        scores = jnp.einsum("bgsk,bgrtk->bgsrt", k, q, preferred_element_type=jnp.float32).transpose(0, 1, 3, 4, 2)
+    else:
+        scores = jnp.einsum("bgrtk,bgsk->bgrts", q, k, preferred_element_type=jnp.float32)
+    scores = scores * width**-0.5
     if softcap:
         scores = softcap * jnp.tanh(scores / softcap)
     scores = jnp.where(mask[:, None, None], scores, jnp.finfo(jnp.float32).min)

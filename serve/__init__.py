@@ -1,1 +1,1 @@
-"""How it is used: sampling and text generation."""
+"""How it is used: text generation."""

@@ -115,7 +115,8 @@ def micro(corpus_file: Path) -> Callable[..., Experiment]:
         data=DataConfig(
             sources=(str(corpus_file),), tokenizer="bytes", bpe_vocab_size=257, context=64, batch_size=4, holdout=0.2
         ),
-        optimizer=OptimizerConfig(learning_rate=3e-3, warmup_steps=2, accumulation=2),
+        # A schedule that does not depend on the length of the run, for then the compiled step does not either.
+        optimizer=OptimizerConfig(learning_rate=3e-3, schedule="constant", warmup_steps=2, accumulation=2),
         run=RunConfig(steps=8, eval_every=0, eval_batches=2, save_every=0, log_every=1, tensorboard=False),
     )
 

@@ -107,6 +107,8 @@ def _parse(argv: list[str]) -> list[str]:
         fail(_illegal_value(str(error).strip()))
     except flags.Error as error:
         fail(str(error))
+    except Exception as error:  # of the experiment file, while it is read
+        fail(f"--config: {type(error).__name__}: {error}")
 
 
 def _check_override(argument: str) -> None:

@@ -17,7 +17,8 @@ def optimizer(config: OptimizerConfig, learning_rate: optax.Schedule, axes: Any)
     """The chosen optimizer after clipping by the global norm.
 
     adamw (arXiv:1711.05101), adafactor (arXiv:1804.04235), lion (arXiv:2302.06675), sgd with momentum, muon for the
-    weight matrices of the layers (arXiv:2502.16982) with Nesterov's adam for everything else. Decay is decoupled from the gradient in all of them.
+    weight matrices of the layers (arXiv:2502.16982) with Nesterov's adam for everything else. Decay is decoupled from
+    the gradient in all of them.
 
     Args:
       axes: the weights' logical axes, as `model.transformer.build` gives them; they say what is a matrix of a layer.

@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 
 from model import transformer
 from model.config import ModelConfig
-from serve.decode import decoding_weights, make_decoder
+from model.decode import decoding_weights, make_decoder
 from serve.generate import Completion, Request, check_length, complete, prompt_tokens
 from tpu.errors import UserError
 from train.data.tokenizer import ByteTokenizer, SentencePieceTokenizer, Tokenizer, train_bpe

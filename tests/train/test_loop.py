@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import jax.numpy as jnp
-import numpy as np
 import pytest
 
 from train import loop
@@ -54,13 +53,13 @@ def run_loop(
     checkpointer: Any = None,
     wait: float = 0.0,
 ) -> loop.Outcome:
-    """Runs it with a state that counts good steps, and a loss, an evaluation and an accident per step."""
+    """Runs it with a state that counts good steps and all steps; loss, evaluation and accidents are told by step."""
     skipped = skipped_in_a_row = 0
     seconds = iter([wait] * 1000)
 
-    def step(state: np.ndarray, batch: int) -> tuple[np.ndarray, dict[str, Any]]:
+    def step(state: dict[str, Any], batch: int) -> tuple[dict[str, Any], dict[str, Any]]:
         nonlocal skipped, skipped_in_a_row
-        assert batch == state[1]
+        assert batch == state["all"]
         loss = losses(batch + 1)
         bad = not math.isfinite(loss)
         skipped, skipped_in_a_row = skipped + bad, (skipped_in_a_row + 1) * bad
@@ -72,7 +71,7 @@ def run_loop(
             "skipped": jnp.int32(skipped),
             "skipped_in_a_row": jnp.int32(skipped_in_a_row),
         }
-        return np.array([state[0] + (not bad), state[1] + 1]), metrics
+        return {"good": state["good"] + (not bad), "all": state["all"] + 1}, metrics
 
     def batches():
         for index in itertools.count(first_step):
@@ -84,11 +83,11 @@ def run_loop(
     try:
         with Stop() as stop:
             return loop.train(
-                np.array([first_step, first_step]),
+                {"good": first_step, "all": first_step},
                 first_step,
                 step,
                 batches(),
-                lambda state: evaluate(int(state[1])),
+                lambda state: evaluate(state["all"]),
                 lambda step: {"data_position": step},
                 checkpointer or Saves(),
                 writer,
@@ -130,7 +129,7 @@ def test_saves_and_evaluations_come_when_due_and_at_the_end(tmp_path, every, ste
     outcome = run_loop(tmp_path, run, evaluate=evaluate, checkpointer=saves)
     assert seen == saves.steps == steps
     assert saves.losses == [1.0 + step for step in steps]
-    assert [state[1] for state in saves.states] == steps
+    assert [state["all"] for state in saves.states] == steps
     assert (outcome.step, outcome.reason, outcome.saved) == (10, "finished", True)
     written = [line for line in lines(tmp_path) if "eval" in line]
     assert written == [{"step": s, "eval": {"loss": 1.0 + s, "bits_per_byte": 2.0}} for s in steps]
@@ -235,6 +234,9 @@ def test_many_bad_steps_in_a_row_stop_the_run_with_a_checkpoint(tmp_path, capsys
     outcome = run_loop(tmp_path, run, losses=lambda step: math.nan if step in bad else 1.0, checkpointer=checkpointer)
     assert (outcome.reason, outcome.saved) == ("diverged", True)
     assert 13 <= outcome.step <= 14  # one step may have been under way
+    assert checkpointer.restore({"good": 0, "all": 0}) == (
+        {"good": 5, "all": outcome.step}, {"data_position": outcome.step}, outcome.step
+    )  # fmt: skip
     assert checkpointer.close()
     said = [line for line in capsys.readouterr().out.splitlines() if "not finite, update skipped" in line]
     assert len(said) == 1 + 3 + 4 + (outcome.step - 13)
@@ -245,7 +247,7 @@ def test_many_bad_steps_in_a_row_stop_the_run_with_a_checkpoint(tmp_path, capsys
 
 def test_fewer_bad_steps_do_not(tmp_path):
     outcome = run_loop(tmp_path, config(max_bad_steps=3), losses=lambda step: math.nan if step % 3 else 1.0)
-    assert (outcome.reason, outcome.step, int(outcome.state[0])) == ("finished", 10, 3)
+    assert (outcome.reason, outcome.step, outcome.state["good"]) == ("finished", 10, 3)
 
 
 def test_divergence_is_not_hidden_by_a_signal(tmp_path):
@@ -306,6 +308,6 @@ def test_what_could_not_be_saved_is_told(tmp_path):
 def test_what_the_data_raises_comes_through(tmp_path):
     with pytest.raises(StopIteration):
         loop.train(
-            np.zeros(2), 0, None, iter(()), None, None, Saves(), MetricsWriter(tmp_path, 0, False),
+            {}, 0, None, iter(()), None, None, Saves(), MetricsWriter(tmp_path, 0, False),
             ConsoleProgress(3, 0, 1), Stop(), config(steps=3), loop.Rates(1, 1, 0.0),
         )  # fmt: skip

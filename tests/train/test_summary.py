@@ -95,7 +95,8 @@ def test_optimizer_bytes_follow_the_rule():
     sizes = {name: state(name) for name in ("adamw", "lion", "sgd", "muon", "adafactor")}
     assert sizes["adafactor"] < 0.6 * sizes["sgd"]
     assert abs(sizes["lion"] - sizes["sgd"]) <= 16
-    assert sizes["sgd"] < sizes["muon"] < sizes["adamw"] == 2 * (sizes["lion"] - 4) + 8
+    assert sizes["sgd"] < sizes["muon"] < sizes["adamw"]
+    assert abs(sizes["adamw"] - 2 * sizes["sgd"]) <= 16
 
 
 def test_summarizing_allocates_nothing():

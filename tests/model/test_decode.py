@@ -21,8 +21,7 @@ from hypothesis import strategies as st
 from model import transformer
 from model.attention import Place
 from model.config import ModelConfig
-from model.transformer import bind, build
-from serve.decode import (
+from model.decode import (
     NO_TOKEN,
     Decoder,
     advance,
@@ -33,7 +32,8 @@ from serve.decode import (
     row_keys,
     slots_for,
 )
-from serve.sampling import Sampling
+from model.sampling import Sampling
+from model.transformer import bind, build
 
 BASE = ModelConfig(
     vocab_size=31,

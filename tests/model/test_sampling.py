@@ -16,7 +16,7 @@ import scipy.stats
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from serve.sampling import Sampling, draw, filtered, penalized
+from model.sampling import Sampling, draw, filtered, penalized
 
 V = 12
 # A grid of few values, so that equal logits are common; zeros of both signs among them.

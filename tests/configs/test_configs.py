@@ -1,0 +1,134 @@
+"""The experiments that are shipped: they resolve, survive JSON, and have the sizes that were published."""
+
+from __future__ import annotations
+
+import importlib.util
+import inspect
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tpu.errors import UserError
+from train.config import Experiment, differences, from_dict, to_dict
+from train.summary import summarize
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def load(name: str):
+    spec = importlib.util.spec_from_file_location(f"config_{name}", ROOT / "configs" / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+NAMES = sorted(path.stem for path in (ROOT / "configs").glob("[a-z]*.py"))
+ALL = [(name, size) for name in NAMES for size in (None, *getattr(load(name), "SIZES", ()))]
+
+
+def experiment(name: str, size: str | None) -> Experiment:
+    return load(name).get_config(*[size] if size else []).resolved()
+
+
+@pytest.mark.parametrize(("name", "size"), ALL)
+def test_it_resolves_and_is_equal_after_json(name, size):
+    found = experiment(name, size)
+    again = from_dict(Experiment, json.loads(json.dumps(to_dict(found))))
+    assert differences(found, again) == []
+    assert again == found == found.resolved()
+    assert found.name == (
+        f"{name}_{size or inspect.signature(load(name).get_config).parameters['size'].default}"
+        if getattr(load(name), "SIZES", None)
+        else name
+    )
+
+
+def test_there_is_one_for_each_promise():
+    sizes = {name: set(getattr(load(name), "SIZES", ())) for name in NAMES}
+    assert sizes["gpt2"] == {"124m", "355m", "774m", "1558m"}
+    assert sizes["gpt3"] == {"125m", "350m", "760m", "1.3b", "2.7b", "6.7b", "13b", "175b"}
+    assert sizes["llama"] == {"2-7b", "2-70b", "3-8b", "3-70b"}
+    assert {"quickstart", "gpt_mini"} <= sizes.keys()
+
+
+@pytest.mark.parametrize("name", [name for name in NAMES if getattr(load(name), "SIZES", None)])
+def test_an_unknown_size_is_named_with_the_valid_ones(name):
+    with pytest.raises(UserError, match=rf"configs/{name}\.py:huge: valid: .*{next(iter(load(name).SIZES))}"):
+        load(name).get_config("huge")
+
+
+PUBLISHED = {
+    ("gpt2", "124m"): 124_439_808,
+    ("gpt2", "355m"): 354_823_168,
+    ("gpt2", "774m"): 774_030_080,
+    ("gpt2", "1558m"): 1_557_611_200,
+    ("llama", "2-7b"): 6_738_415_616,
+    ("llama", "2-70b"): 68_976_648_192,
+    ("llama", "3-8b"): 8_030_261_248,
+    ("llama", "3-70b"): 70_553_706_496,
+}
+# arXiv:2005.14165, table 2.1, column n_params.
+PRINTED = {
+    "125m": 125e6,
+    "350m": 350e6,
+    "760m": 760e6,
+    "1.3b": 1.3e9,
+    "2.7b": 2.7e9,
+    "6.7b": 6.7e9,
+    "13b": 13e9,
+    "175b": 175e9,
+}
+
+
+@pytest.mark.parametrize(("name", "size"), PUBLISHED)
+def test_published_counts_are_met_exactly(name, size):
+    assert summarize(experiment(name, size))["parameters"]["total"] == PUBLISHED[name, size]
+
+
+@pytest.mark.parametrize("size", PRINTED)
+def test_gpt3_has_the_sizes_printed_in_its_table(size):
+    """To the table's rounding, which its own shapes meet within 2 percent ("350M" is 356 million)."""
+    found = summarize(experiment("gpt3", size))
+    assert abs(found["parameters"]["total"] / PRINTED[size] - 1) < 0.02
+    assert abs(found["tokens"] / 300e9 - 1) < 0.001
+    if size == "13b":
+        assert 12.8e9 < found["parameters"]["total"] < 13e9
+    if size == "175b":  # table D.1: 3.14e23 floating-point operations, attention not counted
+        assert 3.1e23 < found["flops_per_token"] * found["tokens"] < 3.3e23
+
+
+def test_gpt_mini_is_a_few_million():
+    assert 2e6 < summarize(experiment("gpt_mini", None))["parameters"]["total"] < 1e7
+
+
+def test_a_dry_run_touches_no_device(tmp_path):
+    """On a platform that does not exist."""
+    command = [sys.executable, "-m", "train.pretrain", "--config=configs/gpt2.py:124m", "--config.data.context=512"]
+    command += ["--dry_run", f"--json={tmp_path / 'figures.json'}"]
+    done = subprocess.run(
+        command, cwd=ROOT, env=os.environ | {"JAX_PLATFORMS": "nowhere"}, capture_output=True, text=True
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+    figures = json.loads((tmp_path / "figures.json").read_text())
+    assert figures["parameters"] == {"total": 124_439_808, "embedding": 39_383_808, "non_embedding": 85_056_000}
+    matrices = 12 * 12 * 768**2 + 50257 * 768
+    assert figures["flops_per_token"] == 6 * matrices + 12 * 12 * 768 * 512
+    assert figures["tokens"] == 100_000 * 512 * 512
+    assert figures["bytes"]["weights"] == 4 * 124_439_808
+    resolved = from_dict(Experiment, figures["experiment"])
+    assert resolved.data.context == 512
+    assert resolved.model == experiment("gpt2", "124m").model
+    for line in ("model.embed_dim = 768", "data.context = 512"):
+        assert line in done.stdout.splitlines()
+    for figure in (
+        "124,439,808",
+        "85,056,000",
+        f"{figures['flops_per_token']:,}",
+        "per parameter",
+        "GiB: weights 475 MiB",
+    ):
+        assert figure in done.stdout

@@ -1,0 +1,163 @@
+"""Mistakes in an experiment: each is refused with the field, its value, and what would be valid."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+
+import pytest
+
+from model.config import ModelConfig
+from tpu.errors import UserError
+from train.config import Experiment, check_types, differences, from_dict, to_dict
+
+
+def changed(**fields) -> Experiment:
+    """The default experiment with fields given as branch__field."""
+    experiment = Experiment()
+    for path, value in fields.items():
+        branch, _, field = path.partition("__")
+        setattr(getattr(experiment, branch), field, value)
+    return experiment
+
+
+MISTAKES = [
+    # the shape of the model
+    ({"model__heads": 7}, r"model\.heads=7: does not divide model\.embed_dim=384; valid: 1, 2, 3, 4, .*head_dim"),
+    ({"model__kv_heads": 4}, r"model\.kv_heads=4: does not divide model\.heads=6; valid: 1, 2, 3, 6"),
+    ({"model__head_dim": 5}, r"model\.head_dim=5: .*even"),
+    ({"model__embed_dim": 9, "model__heads": 3, "model__positions": "sinusoidal"}, r"model\.embed_dim=9: .*even"),
+    ({"model__pattern": ("local", "far")}, r"model\.pattern=\('local', 'far'\): .*'global' and 'local'"),
+    ({"model__pattern": ()}, r"model\.pattern=\(\): .*at least one"),
+    ({"model__pattern": ("local",)}, r"model\.window=0: .*at least 1"),
+    ({"model__pattern": ("global",) * 4}, r"model\.layers=6: not a multiple of the 4 layers"),
+    ({"model__activation": "tanh"}, r"model\.activation='tanh': valid: gelu, .*geglu"),
+    ({"model__positions": "alibi"}, r"model\.positions='alibi': valid: rope, learned, sinusoidal, none"),
+    ({"model__norm": "batchnorm"}, r"model\.norm='batchnorm': valid: layernorm, rmsnorm"),
+    ({"model__compute_dtype": "float8"}, r"model\.compute_dtype='float8': valid: auto, float32, bfloat16"),
+    ({"model__remat": "some"}, r"model\.remat='some': valid: none, full, dots"),
+    ({"model__vocab_size": 0}, r"model\.vocab_size=0: must be at least 1"),
+    ({"model__layers": -2}, r"model\.layers=-2: must be at least 1"),
+    ({"model__kv_heads": -1}, r"model\.kv_heads=-1: must not be negative"),
+    ({"model__logits_softcap": -1.0}, r"model\.logits_softcap=-1\.0: must not be negative"),
+    ({"model__attention_dropout": 1.0}, r"model\.attention_dropout=1\.0: .*below 1"),
+    ({"model__norm_eps": 0.0}, r"model\.norm_eps=0\.0: must be positive"),
+    ({"model__positions": "learned", "model__max_positions": 0}, r"model\.max_positions=0: "),
+    # across branches
+    (
+        {"model__positions": "learned", "model__max_positions": 128},
+        r"data\.context=256: longer than the learned positions; valid: 1 to model\.max_positions=128",
+    ),
+    ({"optimizer__accumulation": 5}, r"optimizer\.accumulation=5: does not divide data\.batch_size=12"),
+    ({"mesh__data": 5}, r"data\.batch_size=12: .*mesh\.data \* mesh\.fsdp = 5; valid: multiples of 5"),
+    (
+        {"mesh__data": 2, "mesh__fsdp": 2, "optimizer__accumulation": 2},
+        r"data\.batch_size=12: each of the 2 micro-batches .* = 4; valid: multiples of 8",
+    ),
+    ({"mesh__sequence": 3}, r"data\.context=256: not a multiple of mesh\.sequence=3"),
+    ({"data__bpe_vocab_size": 5000}, r"data\.bpe_vocab_size=5000: larger than model\.vocab_size=4096"),
+    ({"model__vocab_size": 100}, r"data\.bpe_vocab_size=100: must be at least 257"),
+    ({"data__weights": (1.0, 2.0)}, r"data\.weights=\(1\.0, 2\.0\): .*each of the 1 data\.sources"),
+    ({"optimizer__warmup_steps": 1000}, r"optimizer\.warmup_steps=1000: must be below run\.steps=1000"),
+    (
+        {"optimizer__schedule": "wsd", "optimizer__decay_steps": 950},
+        r"optimizer\.decay_steps=950: with optimizer\.warmup_steps=100 exceeds run\.steps=1000",
+    ),
+    # single fields
+    ({"data__sources": ()}, r"data\.sources=\(\): "),
+    ({"data__weights": (-1.0,)}, r"data\.weights=\(-1\.0,\): every weight must be positive"),
+    ({"data__context": 0}, r"data\.context=0: must be at least 1"),
+    ({"data__batch_size": 0}, r"data\.batch_size=0: must be at least 1"),
+    ({"data__holdout": 1.0}, r"data\.holdout=1\.0: .*below 1"),
+    ({"data__invalid_utf8": "ignore"}, r"data\.invalid_utf8='ignore': valid: replace, refuse"),
+    ({"loss__label_smoothing": -0.1}, r"loss\.label_smoothing=-0\.1: must be at least 0 and below 1"),
+    ({"loss__z_loss": -1.0}, r"loss\.z_loss=-1\.0: must be at least 0"),
+    ({"optimizer__name": "adam"}, r"optimizer\.name='adam': valid: adamw, adafactor, lion, sgd, muon"),
+    ({"optimizer__schedule": "step"}, r"optimizer\.schedule='step': valid: cosine, linear, wsd, constant"),
+    ({"optimizer__accumulation": 0}, r"optimizer\.accumulation=0: must be at least 1"),
+    ({"optimizer__learning_rate": -1e-3}, r"optimizer\.learning_rate=-0\.001: must be at least 0"),
+    ({"optimizer__final_fraction": 1.5}, r"optimizer\.final_fraction=1\.5: must be between 0 and 1"),
+    ({"optimizer__beta2": 1.0}, r"optimizer\.beta2=1\.0: .*below 1"),
+    ({"mesh__tensor": 0}, r"mesh\.tensor=0: must be at least 1"),
+    ({"run__steps": 0}, r"run\.steps=0: must be at least 1"),
+    ({"run__seed": -1}, r"run\.seed=-1: must be at least 0"),
+    ({"run__keep_last": 0}, r"run\.keep_last=0: must be at least 1"),
+    ({"run__spike_factor": 1.0}, r"run\.spike_factor=1\.0: must be above 1"),
+    # wrong types
+    ({"model__layers": 2.0}, r"model\.layers=2\.0: must be an integer"),
+    ({"model__layers": True}, r"model\.layers=True: must be an integer"),
+    ({"model__rope_theta": "big"}, r"model\.rope_theta='big': must be a number"),
+    ({"model__tied_head": 1}, r"model\.tied_head=1: must be true or false"),
+    ({"data__sources": "python_docs"}, r"data\.sources='python_docs': must be a tuple of str"),
+    ({"data__sources": ["python_docs"]}, r"data\.sources=\['python_docs'\]: must be a tuple of str"),
+    ({"data__tokenizer": None}, r"data\.tokenizer=None: must be a string"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"), MISTAKES, ids=lambda value: "-".join(value) if isinstance(value, dict) else ""
+)
+def test_a_mistake_is_named_with_its_value_and_what_is_valid(fields, message):
+    with pytest.raises(UserError, match=message) as error:
+        changed(**fields).resolved()
+    assert "\n" not in str(error.value)
+
+
+NUMBERS = [
+    f"{branch.name}__{field.name}"
+    for branch in dataclasses.fields(Experiment)
+    if dataclasses.is_dataclass(branch.type)
+    for field in dataclasses.fields(branch.type)
+    if field.type is float
+]
+
+
+@pytest.mark.parametrize("field", NUMBERS)
+def test_a_number_that_is_none_is_refused(field):
+    for value in (math.nan, math.inf):
+        with pytest.raises(UserError, match=field.replace("__", r"\.")):
+            changed(**{field: value}).resolved()
+
+
+def test_resolving_fills_in_what_follows_and_leaves_the_rest():
+    experiment = changed(model__heads=4, model__kv_heads=2, run__steps=500)
+    found = experiment.resolved()
+    assert (found.model.head_dim, found.model.mlp_dim, found.model.kv_heads) == (96, 1536, 2)
+    assert (found.data.bpe_vocab_size, found.optimizer.decay_steps) == (4096, 100)
+    assert set(differences(experiment, found)) == {
+        "model.head_dim: 0, 96",
+        "model.mlp_dim: 0, 1536",
+        "data.bpe_vocab_size: 0, 4096",
+        "optimizer.decay_steps: 0, 100",
+    }
+    assert experiment.model.head_dim == 0
+
+
+def test_an_integer_is_a_number():
+    assert changed(optimizer__learning_rate=1).resolved().optimizer.learning_rate == 1
+
+
+def test_placing_decides_every_auto():
+    config = ModelConfig().resolved()
+    for platform, loop in (("cpu", "unroll"), ("gpu", "scan"), ("tpu", "scan")):
+        placed = config.placed(platform, "bfloat16")
+        assert "auto" not in dataclasses.astuple(placed)
+        assert (placed.platform, placed.layer_loop, placed.compute_dtype) == (platform, loop, "bfloat16")
+    chosen = dataclasses.replace(
+        config, platform="tpu", layer_loop="unroll", compute_dtype="float32", attention="plain"
+    )
+    assert chosen.placed("cpu", "bfloat16") == chosen
+
+
+def test_a_saved_tree_with_an_unknown_field_is_refused():
+    tree = to_dict(Experiment())
+    tree["model"]["depth"] = 3
+    with pytest.raises(UserError, match=r"model\.depth: no such field; valid: vocab_size, layers, "):
+        from_dict(Experiment, tree)
+
+
+def test_a_branch_of_another_kind_is_refused():
+    experiment = Experiment()
+    experiment.model = {"layers": 2}
+    with pytest.raises(UserError, match=r"model=\{'layers': 2\}: must be a ModelConfig"):
+        check_types(experiment)
