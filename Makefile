@@ -15,7 +15,7 @@ quickstart: $(VENV)/.installed
 	@echo "To write on from words of your own:"
 	@echo "  $(BIN)/python -m serve.generate --checkpoint=$(WORKDIR) --prompt='The with statement'"
 	@echo "To train on for as long again:"
-	@echo "  $(BIN)/python -m train.pretrain --config=configs/quickstart.py --workdir=$(WORKDIR) --config.run.steps=1400"
+	@echo "  $(BIN)/python -m train.pretrain --config=configs/quickstart.py --workdir=$(WORKDIR) --config.run.steps=900"
 
 test: $(VENV)/.installed-test
 	$(BIN)/python -m ruff check .
