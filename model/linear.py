@@ -93,9 +93,10 @@ class Linear(nnx.Module):
     def __call__(self, x: jax.Array, dtype: str | None = None) -> jax.Array:
         """Returns [..., *outputs] in `dtype` (default: the compute dtype)."""
         y = matmul(x, self.kernel.get_value(), self.contract, self.compute_dtype, self.platform)
-        return self._finish(y, dtype)
+        return self.finish(y, dtype)
 
-    def _finish(self, y: jax.Array, dtype: str | None = None) -> jax.Array:
+    def finish(self, y: jax.Array, dtype: str | None = None) -> jax.Array:
+        """Adds the bias to the product y [..., *outputs] and rounds it to `dtype` (default: the compute dtype)."""
         if self.bias is not None:
             y = y + self.bias.get_value()
         return y.astype(dtype or self.compute_dtype)
@@ -111,7 +112,7 @@ def together(x: jax.Array, *linears: Linear) -> list[jax.Array]:
     joined = jnp.concatenate([k.reshape(-1, width) for k, width in zip(kernels, widths, strict=True)], axis=1)
     parts = jax.lax.split(matmul(x, joined, 1, first.compute_dtype, "cpu"), widths, axis=x.ndim - 1)
     return [
-        linear._finish(part.reshape(*x.shape[:-1], *kernel.shape[1:]))
+        linear.finish(part.reshape(*x.shape[:-1], *kernel.shape[1:]))
         for linear, part, kernel in zip(linears, parts, kernels, strict=True)
     ]
 
