@@ -118,10 +118,10 @@ def decode_figures(
     """
     import jax
     import numpy as np
-    from model.decode import decoding_weights, make_decoder, pad_prompts, row_keys, slots_for
-    from model.sampling import Sampling
 
     from model import transformer
+    from model.decode import decoding_weights, make_decoder, pad_prompts, row_keys, slots_for
+    from model.sampling import Sampling
 
     config = experiment.model
     config.check_context(prompt_length + new_tokens, "prompt_tokens + new_tokens")
