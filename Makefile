@@ -18,8 +18,8 @@ quickstart: $(VENV)/.installed
 	@echo "  $(BIN)/python -m train.pretrain --config=configs/quickstart.py --workdir=$(WORKDIR) --config.run.steps=900"
 
 test: $(VENV)/.installed-test
-	$(BIN)/python -m ruff check .
-	$(BIN)/python -m ruff format --check .
+	$(BIN)/python -m ruff check --no-cache .
+	$(BIN)/python -m ruff format --no-cache --check .
 	$(BIN)/python -m pytest -n 2
 
 $(VENV)/.installed: setup.py

@@ -2,6 +2,7 @@
 
 # No postponed annotations here: ml_collections reads the fields' types as they stand.
 import dataclasses
+import math
 import typing
 from typing import Any
 
@@ -215,7 +216,7 @@ def _is_of(value: Any, hint: Any) -> bool:
     if typing.get_origin(hint) is tuple:
         return isinstance(value, tuple) and all(_is_of(v, typing.get_args(hint)[0]) for v in value)
     if hint is float:
-        return isinstance(value, (int, float)) and not isinstance(value, bool)
+        return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
     if hint is int:
         return isinstance(value, int) and not isinstance(value, bool)
     return isinstance(value, hint)
@@ -225,7 +226,7 @@ def type_name(hint: Any) -> str:
     """A declared type in words."""
     if typing.get_origin(hint) is tuple:
         return f"a tuple of {typing.get_args(hint)[0].__name__}"
-    return {"int": "an integer", "float": "a number", "bool": "true or false", "str": "a string"}[hint.__name__]
+    return {"int": "an integer", "float": "a finite number", "bool": "true or false", "str": "a string"}[hint.__name__]
 
 
 def to_dict(tree: Any) -> dict[str, Any]:

@@ -49,8 +49,6 @@ def main() -> int:
 
     with Stop() as stop:
         workdir = Workdir(entry.FLAGS.workdir)
-        for change in workdir.write_experiment(experiment):
-            print(f"changed since this workdir was last used: {change}")
         host.keep_freed_memory()
         return pretrain(experiment, workdir, stop)
 
@@ -67,8 +65,10 @@ def pretrain(experiment: Experiment, workdir: Workdir, stop: Stop) -> int:
     from train.metrics import ConsoleProgress, MetricsWriter
     from train.step import TrainState, make_program
     from train.summary import flops_per_token, parameter_counts
-    from train.workdir import versions
+    from train.workdir import check_same_model, read_experiment, versions
 
+    if (workdir.path / "experiment.json").exists():
+        check_same_model(read_experiment(workdir.path), experiment)
     backend = host.start_backend()
     data, run = experiment.data, experiment.run
     model = experiment.model.placed(backend, host.fast_dtype(backend))
@@ -85,6 +85,8 @@ def pretrain(experiment: Experiment, workdir: Workdir, stop: Stop) -> int:
             corpus = pipeline.load(data)
             state, first_step = program.init(jax.random.key(run.seed)), 0
         tokenizer.check_vocabulary(corpus.tokenizer, model.vocab_size)
+        for change in workdir.write_experiment(experiment):
+            print(f"changed since this workdir was last used: {change}")
         if first_step >= run.steps:
             print(f"already at step {first_step} of run.steps={run.steps}; raise --config.run.steps to go on")
             return 0
@@ -155,6 +157,9 @@ def _conclude(outcome: Outcome, workdir: Workdir, run: RunConfig) -> int:
     if not outcome.saved:
         print(f"error: the state at step {outcome.step} could not be saved; see above", file=sys.stderr)
         return 1
+    if outcome.step == 0:
+        print(f"{outcome.reason}: before the first step, so there is nothing to save (exit status 0)")
+        return 0
     saved = f"step {outcome.step} is saved in {workdir.path / 'checkpoints'}"
     if outcome.reason == "diverged":
         print(

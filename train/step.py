@@ -86,7 +86,8 @@ def make_program(experiment: Experiment, mesh: Mesh) -> Program:
         return trained / total, nll / total
 
     def gradients(weights: Weights, batch: Batch, key: jax.Array) -> tuple[tuple[jax.Array, jax.Array], Weights]:
-        total = jnp.maximum(batch.loss_weights.sum(), 1.0)
+        total = batch.loss_weights.sum()
+        total = jnp.where(total > 0, total, 1.0)  # A batch of padding has no loss, and no gradient.
         gradient = jax.value_and_grad(loss, has_aux=True)
         if micro_batches == 1:
             return gradient(weights, batch, key if dropout else None, total)

@@ -86,7 +86,7 @@ MISTAKES = [
     # wrong types
     ({"model__layers": 2.0}, r"model\.layers=2\.0: must be an integer"),
     ({"model__layers": True}, r"model\.layers=True: must be an integer"),
-    ({"model__rope_theta": "big"}, r"model\.rope_theta='big': must be a number"),
+    ({"model__rope_theta": "big"}, r"model\.rope_theta='big': must be a finite number"),
     ({"model__tied_head": 1}, r"model\.tied_head=1: must be true or false"),
     ({"data__sources": "python_docs"}, r"data\.sources='python_docs': must be a tuple of str"),
     ({"data__sources": ["python_docs"]}, r"data\.sources=\['python_docs'\]: must be a tuple of str"),

@@ -28,7 +28,7 @@ MISTAKES = [
     ("MINI --config.model.layers.x=2", "config.model.layers.x: no such field; config.model.layers has no fields"),
     ("MINI --config.model.layers=two", "config.model.layers=two: must be an integer"),
     ("MINI --config.run.steps=1e3", "config.run.steps=1e3: must be an integer"),
-    ("MINI --config.optimizer.eps=small", "config.optimizer.eps=small: must be a number"),
+    ("MINI --config.optimizer.eps=small", "config.optimizer.eps=small: must be a finite number"),
     ("MINI --config.model.tied_head=maybe", "config.model.tied_head=maybe: must be true or false"),
     ("MINI --config.data.weights=much", "data.weights"),
     ("MINI --config.data=big", "config.data=big: set one of its fields: sources, "),

@@ -48,7 +48,6 @@ def here(monkeypatch) -> Callable[[Experiment, Path], int]:
         with Stop() as stop:
             workdir = Workdir(path)
             try:
-                workdir.write_experiment(experiment)
                 return pretrain(experiment, workdir, stop)
             finally:
                 workdir.close()
