@@ -150,6 +150,12 @@ def _check(experiment: Experiment) -> None:
         raise UserError(f"optimizer.final_fraction={optimizer.final_fraction}: must be between 0 and 1")
     if run.spike_factor <= 1.0:
         raise UserError(f"run.spike_factor={run.spike_factor}: must be above 1")
+    if optimizer.eps <= 0:
+        raise UserError(f"optimizer.eps={optimizer.eps}: must be positive")
+    if run.seed >= 2**32:
+        raise UserError(f"run.seed={run.seed}: must be below 2^32; larger ones would repeat the draws of smaller ones")
+    if mesh.slices != 1:
+        raise UserError(f"mesh.slices={mesh.slices}: valid: 1; several slices are not supported yet")
     if not data.sources:
         raise UserError("data.sources=(): name at least one source")
     if data.weights and len(data.weights) != len(data.sources):

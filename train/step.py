@@ -99,8 +99,9 @@ def make_program(experiment: Experiment, mesh: Mesh) -> Program:
 
         # Every A-th row, not every run of B / A rows: each device then keeps the rows it has.
         split = jax.tree.map(lambda a: a.reshape(-1, micro_batches, *a.shape[1:]).swapaxes(0, 1), batch)
-        zeros = ((jnp.zeros(()), jnp.zeros(())), jax.tree.map(jnp.zeros_like, weights))
-        return jax.lax.scan(add, zeros, (jnp.arange(micro_batches), split))[0]
+        zeros = ((jnp.zeros(()), jnp.zeros(())), jax.tree.map(lambda w: jnp.zeros(w.shape, jnp.float32), weights))
+        losses, total_gradient = jax.lax.scan(add, zeros, (jnp.arange(micro_batches), split))[0]
+        return losses, jax.tree.map(lambda g, w: g.astype(w.dtype), total_gradient, weights)
 
     def step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
         (trained, nll), gradient = gradients(state.weights, batch, jax.random.fold_in(state.key, state.step))

@@ -86,6 +86,9 @@ MISTAKES = [
     # wrong types
     ({"model__layers": 2.0}, r"model\.layers=2\.0: must be an integer"),
     ({"model__layers": True}, r"model\.layers=True: must be an integer"),
+    ({"optimizer__eps": -1.0}, r"optimizer\.eps=-1\.0: must be positive"),
+    ({"run__seed": 2**32}, r"run\.seed=4294967296: must be below 2\^32"),
+    ({"mesh__slices": 4}, r"mesh\.slices=4: valid: 1"),
     ({"model__rope_theta": "big"}, r"model\.rope_theta='big': must be a finite number"),
     ({"model__tied_head": 1}, r"model\.tied_head=1: must be true or false"),
     ({"data__sources": "python_docs"}, r"data\.sources='python_docs': must be a tuple of str"),
