@@ -8,7 +8,7 @@ from train.config import DataConfig, Experiment, OptimizerConfig, RunConfig
 
 
 def get_config() -> Experiment:
-    """Byte-level text, four layers; about ten minutes on two CPU cores."""
+    """Byte-level text, four layers."""
     return Experiment(
         name="gpt_mini",
         model=ModelConfig(vocab_size=257, layers=4, embed_dim=256, heads=4, positions="learned", max_positions=256),

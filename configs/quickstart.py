@@ -2,7 +2,7 @@
 
     python -m train.pretrain --config=configs/quickstart.py --workdir=runs/quickstart
 
-Four layers of width 256 over 4,096 byte-pair tokens: 4.2 million parameters, 0.9 million tokens, three to five minutes
+Four layers of width 256 over 4,096 byte-pair tokens: 4.2 million parameters, 0.9 million tokens, at most six minutes
 on two CPU cores. `python -m train.evaluate --checkpoint=runs/quickstart` compares the result with xz and zlib.
 """
 

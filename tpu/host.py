@@ -20,8 +20,8 @@ _MADV_HUGEPAGE, _HUGE_PAGE = 14, 2 * 2**20
 def keep_freed_memory() -> bool:
     """Tells glibc to keep freed memory instead of returning it to the kernel; call before any thread starts.
 
-    A training step on CPU allocates and frees hundreds of megabytes; mapping and faulting them anew costs a quarter of
-    the step (docs/performance.md). Resident memory rises by half or more. Returns False where glibc is absent.
+    A training step on CPU allocates and frees hundreds of megabytes; mapping and faulting them anew takes time in
+    every step. Resident memory rises severalfold (docs/performance.md). Returns False where glibc is absent.
     """
     if platform.libc_ver()[0] != "glibc":
         return False
