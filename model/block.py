@@ -9,11 +9,12 @@ from typing import Any
 
 import jax
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 
 from model import cache as kv_cache
 from model.attention import Place, attend
 from model.config import ModelConfig
-from model.dropout import dropout
+from model.dropout import dropout, fold_in
 from model.linear import Linear, together
 from model.mlp import MLP
 from model.norms import Norm
@@ -34,7 +35,7 @@ class SelfAttention(nnx.Module):
         self.query_norm = Norm(config, config.head_dim, "norm", rngs, "rmsnorm") if config.qk_norm else None
         self.key_norm = Norm(config, config.head_dim, "norm", rngs, "rmsnorm") if config.qk_norm else None
         self.window = config.window if kind == "local" else 0
-        self.kind = config.attention
+        self.kind, self.context_parallel = config.attention, config.context_parallel
         self.softcap = config.attention_softcap
         self.dropout_rate = config.attention_dropout
 
@@ -47,9 +48,10 @@ class SelfAttention(nnx.Module):
           place: of the T tokens. slots: of the cache's keys, None without a cache.
           rotation: `model.rope.rotation` of the positions, or None.
           cached: (keys, values) [B, G, S, K], or None.
-          key: for dropout, or None.
+          key: [B] keys for dropout, or None.
         """
-        q, k, v = together(x, self.query, self.key, self.value)  # [B, T, H, K], [B, T, G, K] twice
+        projections = together(x, self.query, self.key, self.value)  # [B, T, H, K], [B, T, G, K] twice
+        q, k, v = (checkpoint_name(a, name) for a, name in zip(projections, ("query", "key", "value"), strict=True))
         if self.query_norm is not None:
             q, k = self.query_norm(q), self.key_norm(k)
         if rotation is not None:
@@ -70,8 +72,9 @@ class SelfAttention(nnx.Module):
             softcap=self.softcap,
             dropout_rate=self.dropout_rate,
             key=key,
+            context_parallel=self.context_parallel,
         )
-        return self.out(out.swapaxes(1, 2)), cached
+        return checkpoint_name(self.out(out.swapaxes(1, 2)), "out"), cached
 
 
 class Block(nnx.Module):
@@ -89,13 +92,19 @@ class Block(nnx.Module):
         self, h: jax.Array, place: Place, slots: Place | None, rotation: Any, cached: Any, key: jax.Array | None
     ) -> tuple[jax.Array, Any]:
         """h [B, T, D] -> ([B, T, D], cache); arguments as `SelfAttention`."""
-        keys = (None, None, None) if key is None else jax.random.split(key, 3)
+        keys = [fold_in(key, i) for i in range(3)]
         with jax.named_scope("attention"):
             x = self.attention_norm(h) if self.norm_first else h
             out, cached = self.attention(x, place, slots, rotation, cached, keys[0])
-            h = h + dropout(out, self.dropout_rate, keys[1])
+            h = h + dropout(residual(out), self.dropout_rate, keys[1])
             h = h if self.norm_first else self.attention_norm(h)
         with jax.named_scope("mlp"):
-            h = h + dropout(self.mlp(self.mlp_norm(h) if self.norm_first else h), self.dropout_rate, keys[2])
+            out = self.mlp(self.mlp_norm(h) if self.norm_first else h)
+            h = h + dropout(residual(out), self.dropout_rate, keys[2])
             h = h if self.norm_first else self.mlp_norm(h)
-        return constrain(h, "batch", "sequence", "activation_embed"), cached
+        return residual(h), cached
+
+
+def residual(h: jax.Array) -> jax.Array:
+    """Lays out the residual stream [B, T, D]: its tokens lie along the tensor axis too, and so do norms and dropout."""
+    return constrain(h, "batch", "residual_sequence", "activation_embed")

@@ -14,10 +14,22 @@ CHOICES = {
     "weight_dtype": ("float32", "bfloat16"),
     "compute_dtype": ("auto", "float32", "bfloat16"),
     "platform": ("auto", "cpu", "gpu", "tpu"),
-    "attention": ("auto", "plain", "chunked"),
+    "attention": ("auto", "plain", "chunked", "splash", "cudnn"),
+    "context_parallel": ("ring", "ulysses"),
     "layer_loop": ("auto", "scan", "unroll"),
-    "remat": ("none", "full", "dots", "dots_no_batch"),
+    "remat": (
+        "none",
+        "full",
+        "dots",
+        "dots_no_batch",
+        "attention",
+        "projections",
+        "all_but_mlp",
+        "offload_projections",
+    ),
 }
+
+ATTENTION = {"cpu": "chunked", "gpu": "cudnn", "tpu": "splash"}  # what "auto" stands for
 
 
 @dataclasses.dataclass
@@ -55,9 +67,12 @@ class ModelConfig:
     weight_dtype: str = "float32"
     compute_dtype: str = "auto"  # auto: bfloat16 where the hardware multiplies it fast, else float32
     platform: str = "auto"  # what the program is compiled for; auto: where it runs
-    attention: str = "auto"  # auto: chunked where a row is long enough to gain
+    attention: str = "auto"  # auto: chunked on CPU, splash on TPU, cudnn on GPU
+    context_parallel: str = "ring"  # how attention meets a sequence axis of the mesh: ring or ulysses
     layer_loop: str = "auto"  # auto: unroll on CPU, scan elsewhere
-    remat: str = "none"
+    remat: str = "none"  # what the backward pass finds saved (model.stack.REMAT)
+    pipeline_repeats: int = 1  # times that a micro-batch passes the stages of the mesh; more: smaller bubble
+    pipeline_microbatches: int = 0  # parts of a batch that follow each other through the stages; 0: mesh.stage
 
     def resolved(self) -> "ModelConfig":
         """Returns a copy with every derived field filled in. Raises UserError for an impossible shape."""
@@ -118,7 +133,7 @@ class ModelConfig:
             self,
             platform=platform,
             compute_dtype=fast_dtype if self.compute_dtype == "auto" else self.compute_dtype,
-            attention="chunked" if self.attention == "auto" else self.attention,
+            attention=ATTENTION[platform] if self.attention == "auto" else self.attention,
             layer_loop=("unroll" if platform == "cpu" else "scan") if self.layer_loop == "auto" else self.layer_loop,
         )
 

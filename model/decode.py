@@ -160,7 +160,9 @@ def decoding_weights(config: ModelConfig, weights: Weights) -> Weights:
         return weight.astype(config.compute_dtype) if path[-1].key in ("kernel", "embedding") else weight
 
     weights = jax.tree_util.tree_map_with_path(convert, weights)
-    return jax.jit(unstack)(weights) if config.layer_loop == "unroll" else weights
+    if config.layer_loop != "unroll":
+        return weights
+    return jax.jit(unstack, static_argnums=1)(weights, config.pipeline_repeats)
 
 
 def row_keys(seeds: Sequence[int], numbers: Sequence[int]) -> jax.Array:

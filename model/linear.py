@@ -18,6 +18,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from model.config import ModelConfig
+from tpu import rules
 
 Initializer = Callable[[jax.Array, tuple[int, ...], int, int], jax.Array]
 
@@ -92,7 +93,8 @@ class Linear(nnx.Module):
 
     def __call__(self, x: jax.Array, dtype: str | None = None) -> jax.Array:
         """Returns [..., *outputs] in `dtype` (default: the compute dtype)."""
-        y = matmul(x, self.kernel.get_value(), self.contract, self.compute_dtype, self.platform)
+        kernel, result = self.kernel.get_value(), dtype or self.compute_dtype
+        y = matmul(x, kernel, self.contract, self.compute_dtype, self.platform, result=result)
         return self.finish(y, dtype)
 
     def finish(self, y: jax.Array, dtype: str | None = None) -> jax.Array:
@@ -103,11 +105,20 @@ class Linear(nnx.Module):
 
 
 def together(x: jax.Array, *linears: Linear) -> list[jax.Array]:
-    """The results of several Linears of one input x [..., I]; on CPU as one product, which is faster there."""
+    """The results of several Linears of one input x [..., I].
+
+    On CPU as one product, which is faster there. Where heads or columns lie along several devices, the gradients for x
+    are one product too: devices then sum one partial result instead of several.
+    """
     kernels = [linear.kernel.get_value() for linear in linears]
     first = linears[0]
-    if first.platform != "cpu" or not all(isinstance(kernel, jax.Array) for kernel in kernels):
+    if not all(isinstance(kernel, jax.Array) for kernel in kernels):
         return [linear(x) for linear in linears]
+    if first.platform != "cpu":
+        if rules.devices_along("mlp") == 1:
+            return [linear(x) for linear in linears]
+        products = _fan_out(x, kernels, first.compute_dtype)
+        return [linear.finish(y) for linear, y in zip(linears, products, strict=True)]
     widths = [math.prod(kernel.shape[1:]) for kernel in kernels]
     joined = jnp.concatenate([k.reshape(-1, width) for k, width in zip(kernels, widths, strict=True)], axis=1)
     parts = jax.lax.split(matmul(x, joined, 1, first.compute_dtype, "cpu"), widths, axis=x.ndim - 1)
@@ -117,23 +128,100 @@ def together(x: jax.Array, *linears: Linear) -> list[jax.Array]:
     ]
 
 
-def matmul(x: jax.Array, weight: Any, contract: int, dtype: str, platform: str, transposed: bool = False) -> jax.Array:
+def matmul(
+    x: jax.Array,
+    weight: Any,
+    contract: int,
+    dtype: str,
+    platform: str,
+    transposed: bool = False,
+    result: str = "float32",
+) -> jax.Array:
     """x [..., *inputs] times weight [*inputs, *outputs] -> [..., *outputs]; transposed, weight is [outputs, inputs].
 
-    Operands are rounded to `dtype`; products are accumulated and returned in float32. `contract` is the number of
-    input dimensions; `platform` ("cpu", "gpu", "tpu") chooses the form that the compiler there does best.
+    Operands are rounded to `dtype`; products are accumulated in float32 and returned in it (CPU) or rounded to `result`
+    (elsewhere: what devices sum or exchange is then half as large). `contract` is the number of input dimensions;
+    `platform` ("cpu", "gpu", "tpu") chooses the form that the compiler there does best.
     """
     if not isinstance(weight, jax.Array):
         return weight.matmul(x, contract, dtype)
     if platform != "cpu":
-        x_axes = tuple(range(x.ndim - contract, x.ndim))
-        w_axes = (weight.ndim - 1,) if transposed else tuple(range(contract))
-        return _dot(x.astype(dtype), weight.astype(dtype), x_axes, w_axes)
+        return _matmul(x, weight, contract, dtype, transposed, result)
     rows, width = x.shape[: x.ndim - contract], math.prod(x.shape[x.ndim - contract :])
     if transposed:
         return _cpu_matmul(x.reshape(-1, width), weight, dtype, True).reshape(*rows, weight.shape[0])
     y = _cpu_matmul(x.reshape(-1, width), weight.reshape(width, -1), dtype, False)
     return y.reshape(*rows, *weight.shape[contract:])
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4, 5))
+def _matmul(x: jax.Array, w: jax.Array, contract: int, dtype: str, transposed: bool, result: str) -> jax.Array:
+    """As `matmul`, with gradients that round the cotangent before they multiply, and write what they need, rounded."""
+    w_axes = (w.ndim - 1,) if transposed else tuple(range(contract))
+    return _dot(x.astype(dtype), w.astype(dtype), tuple(range(x.ndim - contract, x.ndim)), w_axes, result)
+
+
+def _matmul_forward(
+    x: jax.Array, w: jax.Array, contract: int, dtype: str, transposed: bool, result: str
+) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+    return _matmul(x, w, contract, dtype, transposed, result), (x, w)
+
+
+def _matmul_backward(
+    contract: int, dtype: str, transposed: bool, result: str, saved: tuple[jax.Array, jax.Array], g: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    x, w = saved
+    g = jax.lax.optimization_barrier(g.astype(dtype))  # Else what g is made of is computed anew for every tile.
+    rows = x.ndim - contract
+    outputs, leading = tuple(range(rows, g.ndim)), tuple(range(rows))
+    dx = _dot(g, w.astype(dtype), outputs, (0,) if transposed else tuple(range(contract, w.ndim)), x.dtype)
+    left, right = (g, x.astype(dtype)) if transposed else (x.astype(dtype), g)
+    return _at_once(dx, _dot(left, right, leading, leading, w.dtype))
+
+
+_matmul.defvjp(_matmul_forward, _matmul_backward)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def _fan_out(x: jax.Array, kernels: list[jax.Array], dtype: str) -> list[jax.Array]:
+    """x [..., I] times each of the kernels [I, *outputs], rounded to `dtype`; gradients as those of `_matmul`."""
+    return [_matmul(x, kernel, 1, dtype, False, dtype) for kernel in kernels]
+
+
+def _fan_out_forward(
+    x: jax.Array, kernels: list[jax.Array], dtype: str
+) -> tuple[list[jax.Array], tuple[jax.Array, list[jax.Array]]]:
+    return _fan_out(x, kernels, dtype), (x, kernels)
+
+
+def _fan_out_backward(
+    dtype: str, saved: tuple[jax.Array, list[jax.Array]], gradients: list[jax.Array]
+) -> tuple[jax.Array, list[jax.Array]]:
+    x, kernels = saved
+    gradients = jax.lax.optimization_barrier([g.astype(dtype) for g in gradients])
+    leading = tuple(range(x.ndim - 1))
+    d_kernels = [_dot(x.astype(dtype), g, leading, leading, w.dtype) for g, w in zip(gradients, kernels, strict=True)]
+    dx = jnp.zeros((), x.dtype)
+    for shape in dict.fromkeys(kernel.shape for kernel in kernels):
+        alike = [i for i, kernel in enumerate(kernels) if kernel.shape == shape]
+        w = jnp.stack([kernels[i].astype(dtype) for i in alike])  # [n, I, *outputs]
+        g = jnp.stack([gradients[i] for i in alike], len(leading))  # [..., n, *outputs]
+        outputs = tuple(range(len(leading), g.ndim))
+        dx = dx + _dot(g, w, outputs, (0, *range(2, w.ndim)), x.dtype)
+    return _at_once(dx, d_kernels)
+
+
+_fan_out.defvjp(_fan_out_forward, _fan_out_backward)
+
+
+def _at_once(dx: jax.Array, d_weights: Any) -> tuple[jax.Array, Any]:
+    """The gradients, of which neither is used before both are there.
+
+    Else XLA leaves the weights' for the end of a layer, and keeps for it what was gathered along the tensor axis.
+    """
+    if rules.devices_along("mlp") == 1:
+        return dx, d_weights
+    return jax.lax.optimization_barrier((dx, d_weights))
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
@@ -165,8 +253,10 @@ def _cpu_matmul_backward(dtype: str, transposed: bool, saved: tuple, g: jax.Arra
 _cpu_matmul.defvjp(_cpu_matmul_forward, _cpu_matmul_backward)
 
 
-def _dot(a: jax.Array, b: jax.Array, a_axes: tuple[int, ...], b_axes: tuple[int, ...]) -> jax.Array:
-    return jax.lax.dot_general(a, b, ((a_axes, b_axes), ((), ())), preferred_element_type=jnp.float32)
+def _dot(
+    a: jax.Array, b: jax.Array, a_axes: tuple[int, ...], b_axes: tuple[int, ...], dtype: Any = jnp.float32
+) -> jax.Array:
+    return jax.lax.dot_general(a, b, ((a_axes, b_axes), ((), ())), preferred_element_type=dtype)
 
 
 def _moved(a: jax.Array) -> jax.Array:

@@ -7,6 +7,7 @@ import functools
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 
 from model.config import ModelConfig
 from model.linear import Linear, together
@@ -35,7 +36,8 @@ class MLP(nnx.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         """x [B, T, D] -> [B, T, D]."""
         h = together(x, self.up) if self.gate is None else together(x, self.gate, self.up)
-        return self.down(constrain(_nonlinearity(self.activation, *h), "batch", "sequence", "activation_mlp"))
+        h = [checkpoint_name(constrain(part, "batch", "sequence", "activation_mlp"), "mlp") for part in h]
+        return self.down(_nonlinearity(self.activation, *h))
 
 
 @functools.partial(jax.checkpoint, static_argnums=0)

@@ -19,5 +19,5 @@ def rotation(positions: jax.Array, head_dim: int, theta: float) -> tuple[jax.Arr
 def rotate(x: jax.Array, cos_sin: tuple[jax.Array, jax.Array]) -> jax.Array:
     """Turns each pair (x[i], x[i + K/2]) of x [B, T, H, K] by its position's angle (equation 34); keeps the dtype."""
     cos, sin = cos_sin
-    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
-    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x.dtype)
+    cos, sin = jnp.concatenate([cos, cos], -1), jnp.concatenate([-sin, sin], -1)
+    return (x * cos + jnp.roll(x, x.shape[-1] // 2, -1) * sin).astype(x.dtype)

@@ -6,20 +6,40 @@ not slice the stacked weights in every iteration. The weights are stored the sam
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
 from flax import nnx
 
 from model.attention import Place
-from model.block import Block
+from model.block import Block, residual
 from model.config import ModelConfig
+from model.dropout import fold_in
+from tpu import rules
+from tpu.pipeline import pipeline
 
-REMAT_POLICIES = {
-    "full": jax.checkpoint_policies.nothing_saveable,
-    "dots": jax.checkpoint_policies.dots_saveable,
-    "dots_no_batch": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+REMAT = {  # model.remat: names of what the forward pass saves beside the input of each group of layers
+    "full": (),
+    "attention": ("attention",),
+    "all_but_mlp": ("query", "key", "value", "out"),
+    "projections": ("query", "key", "value", "attention", "out", "mlp"),
 }
+
+
+def remat_policy(remat: str) -> Any:
+    """The `jax.checkpoint` policy of a `model.remat` other than "none"."""
+    policies = jax.checkpoint_policies
+    if remat in REMAT:
+        return policies.save_only_these_names(*REMAT[remat])
+    if remat == "offload_projections":
+        return policies.save_and_offload_only_these_names(
+            names_which_can_be_saved=[],
+            names_which_can_be_offloaded=["query", "key", "value"],
+            offload_src="device",
+            offload_dst="pinned_host",
+        )
+    return {"dots": policies.dots_saveable, "dots_no_batch": policies.dots_with_no_batch_dims_saveable}[remat]
 
 
 class Group(nnx.Module):
@@ -37,45 +57,89 @@ class Group(nnx.Module):
         new = {}
         for i in range(self.size):
             name = f"layer_{i}"
-            layer_key = None if key is None else jax.random.fold_in(key, i)
             layer_cache = None if cached is None else cached[name]
-            h, new[name] = getattr(self, name)(h, place, slots, rotation, layer_cache, layer_key)
+            h, new[name] = getattr(self, name)(h, place, slots, rotation, layer_cache, fold_in(key, i))
         return h, None if cached is None else new
 
 
 class Stack(nnx.Module):
-    """All groups; every weight of `self.groups` has a first dimension "layers"."""
+    """All groups; every weight of `self.groups` has a first dimension "layers".
+
+    With `pipeline_repeats` above 1 that dimension is split into ("repeats", "layers"), because each stage of a pipeline
+    then holds several runs of layers; the order stays.
+    """
 
     def __init__(self, config: ModelConfig, rngs: nnx.Rngs):
-        self.count = config.layers // len(config.pattern)
+        self.count, self.repeats = config.layers // len(config.pattern), config.pipeline_repeats
+        self.microbatches = config.pipeline_microbatches
         self.unroll = config.layer_loop == "unroll"
         self.remat = config.remat
         keys = jax.random.split(rngs.params(), self.count)
-        self.groups = nnx.vmap(lambda key: Group(config, nnx.Rngs(key)))(keys)
+        make, lead = nnx.vmap(lambda key: Group(config, nnx.Rngs(key))), ("layers",)
+        if self.repeats > 1:
+            keys = keys.reshape(self.repeats, -1)
+            make, lead = nnx.vmap(make), ("repeats", "layers")
+        self.groups = make(keys)
         for _, node in nnx.iter_graph(self.groups):
             if isinstance(node, nnx.Param):
-                node.set_metadata(axes=("layers", *node.get_metadata("axes")))
+                node.set_metadata(axes=(*lead, *node.get_metadata("axes")))
 
     def __call__(
         self, h: jax.Array, place: Place, slots: Place | None, rotation: Any, cached: Any, key: jax.Array | None
     ) -> tuple[jax.Array, Any]:
         """As `Block`, with `cached` the `layers` of a `model.cache.Cache`."""
         graphdef, state = nnx.split(self.groups)
-        weights = nnx.to_pure_dict(state)
+        weights, side = nnx.to_pure_dict(state), (place, rotation, key)
+
+        def group(h: jax.Array, side: Any, weights: Any, cached: Any, index: Any) -> tuple[jax.Array, Any]:
+            place, rotation, key = side
+            return nnx.merge(graphdef, nnx.State(weights))(h, place, slots, rotation, cached, fold_in(key, index))
+
+        if cached is None and rules.devices_along("layers") > 1:
+            return self._pipelined(group, weights, h, side), None
+        weights = joined(weights, self.repeats)
+        group = self._rematerialized(group)
 
         def body(h: jax.Array, weights: Any, cached: Any, index: Any) -> tuple[jax.Array, Any]:
-            group_key = None if key is None else jax.random.fold_in(key, index)
-            return nnx.merge(graphdef, nnx.State(weights))(h, place, slots, rotation, cached, group_key)
+            return group(h, side, weights, cached, index)
 
-        if self.remat != "none":
-            body = jax.checkpoint(body, policy=REMAT_POLICIES[self.remat], prevent_cse=self.unroll)
         if not self.unroll:
             return jax.lax.scan(lambda h, x: body(h, *x), h, (weights, cached, jax.numpy.arange(self.count)))
         new = []
-        for index, group in enumerate(unstacked(weights, self.count)):
-            h, group_cache = body(h, group, None if cached is None else cached[index], index)
+        for index, parts in enumerate(unstacked(weights, self.count)):
+            h, group_cache = body(h, parts, None if cached is None else cached[index], index)
             new.append(group_cache)
         return h, None if cached is None else new
+
+    def _rematerialized(self, function: Callable) -> Callable:
+        if self.remat == "none":
+            return function
+        return jax.checkpoint(function, policy=remat_policy(self.remat), prevent_cse=self.unroll)
+
+    def _pipelined(self, group: Callable, weights: Any, h: jax.Array, side: Any) -> jax.Array:
+        """As `__call__` for training: the groups in parts, on the stages of the mesh."""
+        if self.repeats == 1:
+            weights = jax.tree.map(lambda w: w[None], weights)
+
+        def at(h: jax.Array, side: Any, weights: Any, repeat: jax.Array, i: jax.Array, index: jax.Array) -> jax.Array:
+            return group(h, side, jax.tree.map(lambda w: w[repeat, i], weights), None, index)[0]
+
+        at = self._rematerialized(at)  # Weights are taken inside: taken outside, every tick would save its own.
+
+        def part(weights: Any, repeat: jax.Array, h: jax.Array, side: Any, first: jax.Array) -> jax.Array:
+            def body(h: jax.Array, i: jax.Array) -> tuple[jax.Array, None]:
+                return at(residual(h), side, weights, repeat, i, first + i), None
+
+            return jax.lax.scan(body, h, jax.numpy.arange(jax.tree.leaves(weights)[0].shape[1]))[0]
+
+        return pipeline(part, weights, h, side, self.microbatches or rules.devices_along("layers"))
+
+
+def joined(weights: Any, repeats: int) -> Any:
+    """Arrays [repeats, count / repeats, ...] as [count, ...]; tuples (see `unstack`) and single runs as they are."""
+    if repeats == 1:
+        return weights
+    return jax.tree.map(lambda w: w if _is_tuple(w) else w.reshape(-1, *w.shape[2:]), weights, is_leaf=_is_tuple)
 
 
 def unstacked(weights: Any, count: int) -> list[Any]:
@@ -84,9 +148,9 @@ def unstacked(weights: Any, count: int) -> list[Any]:
     return [jax.tree.map(lambda w: w[i], weights, is_leaf=_is_tuple) for i in range(count)]
 
 
-def unstack(weights: dict[str, Any]) -> dict[str, Any]:
+def unstack(weights: dict[str, Any], repeats: int = 1) -> dict[str, Any]:
     """Turns the stacked arrays of a whole model's weights into tuples once, for loops that would slice them often."""
-    return weights | {"stack": jax.tree.map(_split, weights["stack"])}
+    return weights | {"stack": jax.tree.map(_split, joined(weights["stack"], repeats))}
 
 
 def _split(array: jax.Array) -> tuple[jax.Array, ...]:

@@ -14,17 +14,19 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.sharding import PartitionSpec
 
 from model.attention import Place
+from model.block import residual
 from model.cache import Cache, write_slots
 from model.config import ModelConfig
-from model.dropout import dropout
+from model.dropout import dropout, fold_in
 from model.linear import Linear, initializer, matmul, parameter
 from model.norms import Norm
 from model.positions import sinusoidal
 from model.rope import rotation
 from model.stack import Stack
-from tpu.rules import constrain
+from tpu import rules
 
 Weights = dict[str, Any]
 
@@ -43,12 +45,39 @@ class Embedding(nnx.Module):
             def initialize(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
                 return draw(key, shape, *shape)
 
-        self.embedding = parameter(rngs, (rows, config.embed_dim), (axis, "embed"), config.weight_dtype, initialize)
+        self.embedding = parameter(
+            rngs, (rows, config.embed_dim), (axis, "table_embed"), config.weight_dtype, initialize
+        )
         self.compute_dtype, self.platform = config.compute_dtype, config.platform
 
     def __call__(self, indices: jax.Array) -> jax.Array:
         """indices [B, T] int32 -> [B, T, D] in the compute dtype."""
-        return jnp.take(self.embedding.get_value(), indices, axis=0).astype(self.compute_dtype)
+        table = self.embedding.get_value()
+        mesh = jax.sharding.get_abstract_mesh()
+        if mesh.empty or mesh.size == 1:
+            return jnp.take(table, indices, axis=0).astype(self.compute_dtype)
+        rows = rules.partition_spec(("batch", "residual_sequence"), mesh, indices.shape)
+        columns = rules.partition_spec(("positions", "embed"), mesh, table.shape)
+        shared = tuple(axis for axis in rules.axes_in(columns) if axis in rules.axes_in(PartitionSpec(rows[0])))
+        columns = rules.without(columns, tuple(axis for axis in mesh.axis_names if axis not in shared))
+
+        def look_up(table: jax.Array, indices: jax.Array) -> jax.Array:
+            # Each device looks up some columns for the rows of all: exchanging those moves less than the table would.
+            if shared:
+                indices = jax.lax.all_gather(indices, shared, axis=0, tiled=True)
+            h = jnp.take(table, indices, axis=0)
+            return jax.lax.all_to_all(h, shared, split_axis=0, concat_axis=2, tiled=True) if shared else h
+
+        layout = PartitionSpec(*rows, None)
+        across = jax.shard_map(
+            look_up,
+            mesh=mesh,
+            in_specs=(columns, rows),
+            out_specs=layout,
+            axis_names=rules.free_axes(mesh),
+            check_vma=False,
+        )
+        return across(table, indices).astype(self.compute_dtype)
 
     def logits(self, h: jax.Array) -> jax.Array:
         """h [..., D] -> [..., V] float32."""
@@ -60,7 +89,7 @@ class Head(nnx.Module):
 
     def __init__(self, config: ModelConfig, embedding: Embedding, rngs: nnx.Rngs):
         self.embedding = embedding if config.tied_head else None
-        embed, vocab = ((config.embed_dim, "embed"),), ((config.vocab_size, "vocab"),)
+        embed, vocab = ((config.embed_dim, "table_embed"),), ((config.vocab_size, "vocab"),)
         self.linear = None if config.tied_head else Linear(config, embed, vocab, False, rngs)
         self.softcap = config.logits_softcap
 
@@ -90,18 +119,16 @@ class Transformer(nnx.Module):
 
         Args:
           cache: where earlier tokens of the rows are; None for training.
-          key: for dropout; None for none.
+          key: [B] keys for dropout; None for none.
         """
-        stack_key = None
-        if key is not None:
-            key, stack_key = jax.random.split(key)
+        key, stack_key = fold_in(key, 0), fold_in(key, 1)
         with jax.named_scope("embedding"):
             h = self.embedding(tokens)
             if self.position_embedding is not None:
                 h = h + self.position_embedding(place.positions)
             elif self.positions == "sinusoidal":
                 h = h + sinusoidal(place.positions, self.embed_dim).astype(h.dtype)
-            h = dropout(constrain(h, "batch", "sequence", "activation_embed"), self.dropout_rate, key)
+            h = dropout(residual(h), self.dropout_rate, key)
         turn = rotation(place.positions, self.head_dim, self.rope_theta) if self.positions == "rope" else None
         slots = None if cache is None else write_slots(cache.slots, place)
         h, layers = self.stack(h, place, slots, turn, None if cache is None else cache.layers, stack_key)

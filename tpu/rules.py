@@ -7,49 +7,65 @@ the same array apply.
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import jax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-MESH_AXES = ("data", "fsdp", "tensor", "sequence", "expert", "stage")
+# From the axis whose neighbours may lie far apart to the one whose neighbours talk most.
+MESH_AXES = ("stage", "data", "fsdp", "expert", "sequence", "tensor")
 
 RULES: dict[str, tuple[str, ...]] = {
     # weights
-    "embed": ("fsdp",),
+    "embed": ("fsdp", "expert", "sequence"),
+    "table_embed": ("fsdp", "expert", "sequence", "tensor", "stage"),
     "heads": ("tensor",),
     "kv_heads": ("tensor",),
     "head_dim": (),
     "mlp": ("tensor",),
-    "vocab": ("tensor",),
+    "vocab": (),
     "experts": ("expert",),
+    "repeats": (),
     "layers": ("stage",),
     "positions": (),
     "norm": (),
     # activations
-    "batch": ("data", "fsdp"),
+    "batch": ("data", "fsdp", "expert"),
     "sequence": ("sequence",),
+    "residual_sequence": ("sequence", "tensor"),  # between blocks (arXiv:2205.05198, section 4.2.2)
+    "loss_sequence": ("sequence", "tensor", "stage"),
     "activation_embed": (),
     "activation_heads": ("tensor",),
+    "ulysses_heads": ("tensor", "sequence"),
     "activation_mlp": ("tensor",),
-    "activation_vocab": ("tensor",),
 }
 
+# The axes along which the ranks of ZeRO lie (arXiv:1910.02054); stages 1 and 2 keep weights whole along them.
+ZERO_AXES = ("fsdp", "expert", "sequence")
 
-def partition_spec(axes: tuple[str, ...]) -> PartitionSpec:
-    """The PartitionSpec of an array whose dimensions have these logical names. Raises KeyError for an unknown name."""
-    taken: set[str] = set()
+
+def partition_spec(axes: tuple[str, ...], mesh: Any = None, shape: tuple[int, ...] = ()) -> PartitionSpec:
+    """The PartitionSpec of an array whose dimensions have these logical names. Raises KeyError for an unknown name.
+
+    With a mesh and a shape, axes of size one and axes that are manual in an enclosing `shard_map` are left out, and of
+    several axes for one dimension those, from the last, whose sizes do not divide it: key/value heads fewer than the
+    tensor axis are copied. What may not be copied is checked where the experiment is read (`train.config`).
+    """
+    taken: set[str] = set(getattr(mesh, "manual_axes", ()))
     dimensions = []
-    for axis in axes:
-        free = tuple(m for m in RULES[axis] if m not in taken)
+    for index, axis in enumerate(axes):
+        free = tuple(m for m in RULES[axis] if m not in taken and (mesh is None or mesh.shape[m] > 1))
+        while shape and shape[index] % math.prod(mesh.shape[m] for m in free):
+            free = free[:-1]
         taken.update(free)
         dimensions.append(free if len(free) > 1 else free[0] if free else None)
     return PartitionSpec(*dimensions)
 
 
-def sharding(mesh: Mesh, axes: tuple[str, ...]) -> NamedSharding:
-    """How an array with these logical axes lies on `mesh`."""
-    return NamedSharding(mesh, partition_spec(axes))
+def sharding(mesh: Mesh, axes: tuple[str, ...], shape: tuple[int, ...] = ()) -> NamedSharding:
+    """How an array with these logical axes, and of this shape, lies on `mesh`."""
+    return NamedSharding(mesh, partition_spec(axes, mesh, shape))
 
 
 def constrain(x: jax.Array, *axes: str) -> jax.Array:
@@ -57,9 +73,39 @@ def constrain(x: jax.Array, *axes: str) -> jax.Array:
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or mesh.size == 1:
         return x
-    return jax.lax.with_sharding_constraint(x, partition_spec(axes))
+    return jax.lax.with_sharding_constraint(x, partition_spec(axes, mesh, x.shape))
 
 
-def tree_shardings(mesh: Mesh, axes: Any) -> Any:
-    """`sharding` for every leaf of a tree of logical-axes tuples."""
-    return jax.tree.map(lambda leaf: sharding(mesh, leaf), axes, is_leaf=lambda leaf: isinstance(leaf, tuple))
+def devices_along(name: str) -> int:
+    """The number of devices along the mesh axes of a logical axis, those inside an enclosing `shard_map` left out."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return math.prod(mesh.shape[m] for m in RULES[name] if m not in mesh.manual_axes) if not mesh.empty else 1
+
+
+def free_axes(mesh: Any) -> set[str]:
+    """The mesh axes that are not manual in an enclosing `shard_map`."""
+    return set(mesh.axis_names) - set(mesh.manual_axes)
+
+
+def tree_shardings(mesh: Mesh, axes: Any, weights: Any, zero: int = 3) -> Any:
+    """`sharding` for every leaf of a tree of logical-axes tuples, beside a tree of arrays or abstract arrays.
+
+    With `zero` below 3 the axes of ZERO_AXES cut nothing.
+    """
+
+    def lay_out(names: tuple[str, ...], weight: Any) -> NamedSharding:
+        found = sharding(mesh, names, weight.shape)
+        return found if zero == 3 else NamedSharding(mesh, without(found.spec, ZERO_AXES))
+
+    return jax.tree.map(lay_out, axes, weights, is_leaf=lambda leaf: isinstance(leaf, tuple))
+
+
+def axes_in(spec: PartitionSpec) -> tuple[str, ...]:
+    """All mesh axes of a spec."""
+    return tuple(axis for d in spec for axis in ((d,) if isinstance(d, str) else d or ()))
+
+
+def without(spec: PartitionSpec, axes: tuple[str, ...]) -> PartitionSpec:
+    """The spec with these mesh axes left out."""
+    kept = [tuple(axis for axis in axes_in(PartitionSpec(d)) if axis not in axes) for d in spec]
+    return PartitionSpec(*(d if len(d) > 1 else d[0] if d else None for d in kept))

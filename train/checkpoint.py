@@ -8,6 +8,9 @@ its structure from the caller's abstract tree.
 
 Orbax's CheckpointManager saves asynchronously and commits by renaming. Which steps are kept is decided here: the
 manager would delete old steps as soon as the new one is committed, and that is before its manifest proves it.
+
+Of several processes each writes and reads its own parts, in a directory that all of them see; process 0 alone writes
+the manifest, once Orbax has made sure that all have written, and decides for all which step is good.
 """
 
 from __future__ import annotations
@@ -28,6 +31,7 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
+from tpu import distributed
 from tpu.errors import UserError
 from train import manifest
 from train.config import RunConfig
@@ -38,23 +42,27 @@ log = logging.getLogger(__name__)
 class Checkpointer:
     """Saves and restores the steps of one run in `directory`, keeping those that `run` asks for.
 
-    Opening it creates the directory and removes what interrupted saves left there, naming it in the log. One process
-    at a time may have it open (see `train.workdir.Workdir`). The disk needs room for one step more than are kept.
+    Opening it creates the directory and removes what interrupted saves left there, naming it in the log. One process,
+    or gang, at a time may have it open (see `train.workdir.Workdir`). The disk needs room for one step more than are
+    kept. All processes of a gang must call everything but `poll` at the same points.
     """
 
     def __init__(self, directory: Path, run: RunConfig) -> None:
         self.directory = Path(directory).resolve()
-        self.directory.mkdir(parents=True, exist_ok=True)
-        for name in manifest.remove_incomplete(self.directory):
-            log.warning("removed the incomplete checkpoint %s", self.directory / name)
+        distributed.decide(self._prepare)
         for name in ("absl", "asyncio"):
             logging.getLogger(name).addFilter(_not_an_orbax_error)
         self._run = run
-        self._losses = _losses(self.directory)
+        self._losses = _losses(self.directory) if distributed.leads() else {}
         self._manager: ocp.CheckpointManager | None = None
         self._executor = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._pending: tuple[int, Future[None]] | None = None
         self._succeeded = True
+
+    def _prepare(self) -> None:
+        self.directory.mkdir(parents=True, exist_ok=True)
+        for name in manifest.remove_incomplete(self.directory):
+            log.warning("removed the incomplete checkpoint %s", self.directory / name)
 
     def save(self, step: int, state: Any, meta: dict[str, Any], metrics: dict[str, float] | None = None) -> None:
         """Starts saving `state` as `step`, and returns as soon as `state` may be donated or changed.
@@ -66,7 +74,7 @@ class Checkpointer:
         Waits for the save before it. A save that fails, this one or that, is one line in the log, not an exception.
         """
         self.wait()
-        if step in manifest.complete_steps(self.directory):
+        if distributed.decide(lambda: step in manifest.complete_steps(self.directory)):
             log.info("the checkpoint at step %d is complete already", step)
             self._succeeded = True
             return
@@ -83,32 +91,41 @@ class Checkpointer:
         try:
             self._manager.save(step, args=arguments, force=True)
         except Exception as error:  # of the file system, in whatever type Orbax raises it
-            self._failed(step, error)
+            failed: Future[None] = Future()
+            failed.set_exception(error)
+            self._pending = step, failed
+            self.poll()
         else:
             self._pending = step, self._executor.submit(self._finish, self._manager, step, shapes, metrics)
 
     def poll(self) -> None:
-        """Logs the outcome of the last save if it has come to an end. Never waits."""
-        if self._pending and self._pending[1].done():
+        """Logs the outcome of the last save if it has come to an end. Never waits, and so asks no other process."""
+        if self._pending and self._pending[1].done() and not distributed.several():
             self.wait()
 
     def wait(self) -> bool:
-        """Waits for the save in hand. Returns whether the last save asked for is complete, True if there was none."""
+        """Waits for the save in hand. Returns whether the last save asked for is complete, True if there was none.
+
+        It is complete where every process has written its part, and process 0 the manifest.
+        """
         if self._pending:
             step, future = self._pending
             self._pending = None
-            try:
-                future.result()
-            except Exception as error:
-                self._failed(step, error)
+            error = future.exception()
+            causes = [cause for cause in distributed.gather(_cause(error) if error else None) if cause]
+            self._succeeded = not causes
+            if causes:
+                self._failed(step, causes[0])
             else:
-                self._succeeded = True
                 log.info("saved the checkpoint at step %d", step)
         return self._succeeded
 
     def close(self) -> bool:
-        """Waits for the save in hand, lets go of threads, and returns what `wait` does: False is worth a bad exit."""
-        succeeded = self.wait()
+        """Waits for the save in hand, lets go of threads, and returns what `wait` does: False is worth a bad exit.
+
+        Of several processes this one may be the only one to fail and come here: it does not ask the others.
+        """
+        succeeded = self._succeeded if distributed.several() else self.wait()
         self._executor.shutdown()
         self._close_manager()
         return succeeded
@@ -124,37 +141,44 @@ class Checkpointer:
         `abstract_state` in path, shape or dtype.
         """
         self.wait()
-        step, damaged = manifest.newest_good(self.directory)
+        step, damaged = distributed.decide(lambda: manifest.newest_good(self.directory))
         if step is None:
             return None
         state = _read(self.directory / str(step), abstract_state)
         meta = read_meta(self.directory / str(step))
+        distributed.decide(lambda: self._move_aside(damaged))
+        if damaged:
+            self._close_manager()
+        return state, meta, step
+
+    def _move_aside(self, damaged: list[int]) -> None:
         for other in damaged:
             aside = self.directory / f"{other}.damaged"
             shutil.rmtree(aside, ignore_errors=True)
             (self.directory / str(other)).rename(aside)
             log.warning("moved the damaged checkpoint aside to %s", aside)
-        if damaged:
-            self._close_manager()
-        return state, meta, step
 
     def _finish(self, manager: ocp.CheckpointManager, step: int, shapes: dict, metrics: dict[str, float]) -> None:
         manager.wait_until_finished()
+        if not distributed.leads():
+            return
         manifest.write(self.directory / str(step), step, shapes, metrics)
         self._losses[step] = metrics.get("loss", math.inf)
         steps = manifest.complete_steps(self.directory)
         for old in set(steps) - kept_steps(steps, self._losses, self._run):
             manifest.remove(self.directory, old)
 
-    def _failed(self, step: int, error: Exception) -> None:
-        self._succeeded = False
+    def _failed(self, step: int, cause: str) -> None:
         self._close_manager()
+        distributed.decide(lambda: self._clean_up(step, cause))
+
+    def _clean_up(self, step: int, cause: str) -> None:
         manifest.remove_incomplete(self.directory)
         last = latest_complete(self.directory)
         log.error(
             "checkpoint at step %d could not be written: %s; %s",
             step,
-            _cause(error),
+            cause,
             "there is no complete one yet" if last is None else f"the last complete one is step {last}",
         )
 

@@ -9,6 +9,8 @@ from typing import Any
 from model.config import ModelConfig
 from tpu.errors import UserError
 
+MESH_AXES = ("data", "fsdp", "tensor", "sequence", "expert", "stage")  # the order in which people read them
+
 
 @dataclasses.dataclass
 class DataConfig:
@@ -55,19 +57,35 @@ class OptimizerConfig:
     clip_norm: float = 1.0  # 0: no clipping
     accumulation: int = 1  # micro-batches per step
     ema_decay: float = 0.0  # 0: no moving average of the weights
+    offload: bool = False  # keep the optimizer's state in the hosts' memory (TPU, GPU)
 
 
 @dataclasses.dataclass
 class MeshConfig:
-    """Devices along each mesh axis; their product is the device count."""
+    """Devices along each mesh axis; their product is the device count. One of them may be -1: all that remain."""
 
-    data: int = 1
-    fsdp: int = 1
-    tensor: int = 1
-    sequence: int = 1
-    expert: int = 1
-    stage: int = 1
-    slices: int = 1
+    data: int = 1  # copies of the weights, each with its share of the batch
+    fsdp: int = (
+        1  # ZeRO: each device keeps a part of the weights and of the optimizer's state, and a share of the batch
+    )
+    tensor: int = 1  # heads and mlp columns (Megatron)
+    sequence: int = 1  # tokens of a row (model.context_parallel)
+    expert: int = 1  # experts; a dense model takes it as more fsdp
+    stage: int = 1  # pipeline stages
+    slices: int = 1  # parts of the machine with only a slow network between them
+    slice_axis: str = "data"  # the axis that they lie along: data, fsdp or stage
+    zero: int = 3  # what lies in parts along fsdp. 1: optimizer state; 2: gradients too; 3: weights too
+
+    def filled(self, devices: int) -> "MeshConfig":
+        """A copy in which -1 is what remains of `devices`. Raises UserError where they do not divide."""
+        given = {axis: getattr(self, axis) for axis in MESH_AXES}
+        known = math.prod(size for size in given.values() if size != -1)
+        if -1 not in given.values():
+            return dataclasses.replace(self)
+        if devices % known:
+            named = " * ".join(f"mesh.{axis}={size}" for axis, size in given.items() if size > 1)
+            raise UserError(f"{named} = {known}: does not divide the {devices} devices")
+        return dataclasses.replace(self, **{axis: devices // known for axis, size in given.items() if size == -1})
 
 
 @dataclasses.dataclass
@@ -83,6 +101,7 @@ class RunConfig:
     keep_every: int = 0  # keep every step that is a multiple; 0: none
     keep_best: bool = False  # keep the step with the lowest held-out loss
     log_every: int = 10
+    watchdog_seconds: int = 3600  # without a step end the process, which tells where it hangs; 0: never
     max_bad_steps: int = 20  # non-finite steps in a row that stop the run
     spike_factor: float = 1.5  # a loss this many times its running mean is logged as a spike
     tensorboard: bool = True
@@ -113,6 +132,14 @@ class Experiment:
         if not experiment.optimizer.decay_steps:
             experiment.optimizer.decay_steps = max(1, experiment.run.steps // 5)
         _check(experiment)
+        if -1 not in (getattr(experiment.mesh, axis) for axis in MESH_AXES):
+            _check_mesh(experiment)
+        return experiment
+
+    def on(self, devices: int) -> "Experiment":
+        """Returns a copy whose mesh is decided for so many devices. Raises UserError where it does not fit them."""
+        experiment = dataclasses.replace(self, mesh=self.mesh.filled(devices))
+        _check_mesh(experiment)
         return experiment
 
 
@@ -121,11 +148,17 @@ def _check(experiment: Experiment) -> None:
     _at_least(1, {"data.context": data.context, "data.batch_size": data.batch_size, "data.prefetch": data.prefetch})
     _at_least(1, {"run.steps": run.steps, "run.keep_last": run.keep_last, "run.log_every": run.log_every})
     _at_least(1, {"run.max_bad_steps": run.max_bad_steps, "optimizer.accumulation": optimizer.accumulation})
-    _at_least(1, {f"mesh.{f.name}": getattr(mesh, f.name) for f in dataclasses.fields(mesh)})
+    sizes = {f"mesh.{axis}": getattr(mesh, axis) for axis in MESH_AXES}
+    for field in [field for field, size in sizes.items() if size == -1][1:]:
+        raise UserError(f"{field}=-1: only one size may be -1")
+    _at_least(1, {field: size for field, size in sizes.items() if size != -1} | {"mesh.slices": mesh.slices})
+    _one_of("mesh.slice_axis", mesh.slice_axis, ("data", "fsdp", "stage"))
+    _one_of("mesh.zero", mesh.zero, (1, 2, 3))
     _at_least(0, {"loss.chunk_tokens": experiment.loss.chunk_tokens})
     _at_least(
         0, {f"run.{f}": getattr(run, f) for f in ("seed", "eval_every", "eval_batches", "save_every", "keep_every")}
     )
+    _at_least(0, {"run.watchdog_seconds": run.watchdog_seconds})
     _at_least(
         0,
         {
@@ -154,8 +187,6 @@ def _check(experiment: Experiment) -> None:
         raise UserError(f"optimizer.eps={optimizer.eps}: must be positive")
     if run.seed >= 2**32:
         raise UserError(f"run.seed={run.seed}: must be below 2^32; larger ones would repeat the draws of smaller ones")
-    if mesh.slices != 1:
-        raise UserError(f"mesh.slices={mesh.slices}: valid: 1; several slices are not supported yet")
     if not data.sources:
         raise UserError("data.sources=(): name at least one source")
     if data.weights and len(data.weights) != len(data.sources):
@@ -177,14 +208,6 @@ def _check(experiment: Experiment) -> None:
         raise UserError(
             f"optimizer.accumulation={optimizer.accumulation}: does not divide data.batch_size={data.batch_size}"
         )
-    shards = mesh.data * mesh.fsdp
-    if (data.batch_size // optimizer.accumulation) % shards:
-        raise UserError(
-            f"data.batch_size={data.batch_size}: each of the {optimizer.accumulation} micro-batches must divide by "
-            f"mesh.data * mesh.fsdp = {shards}; valid: multiples of {shards * optimizer.accumulation}"
-        )
-    if data.context % mesh.sequence:
-        raise UserError(f"data.context={data.context}: not a multiple of mesh.sequence={mesh.sequence}")
     if optimizer.schedule != "constant" and optimizer.warmup_steps >= run.steps:
         raise UserError(f"optimizer.warmup_steps={optimizer.warmup_steps}: must be below run.steps={run.steps}")
     if optimizer.schedule == "wsd" and optimizer.warmup_steps + optimizer.decay_steps > run.steps:
@@ -194,15 +217,70 @@ def _check(experiment: Experiment) -> None:
         )
 
 
+def _check_mesh(experiment: Experiment) -> None:
+    """Raises UserError where a dimension of the model or the batch does not divide by the mesh axes that cut it."""
+    model, data, mesh = experiment.model, experiment.data, experiment.mesh
+    along = getattr(mesh, mesh.slice_axis)
+    if along % mesh.slices:
+        raise UserError(
+            f"mesh.{mesh.slice_axis}={along}: not a multiple of mesh.slices={mesh.slices}, which lie along it"
+        )
+    accumulation = experiment.optimizer.accumulation
+    microbatches = model.pipeline_microbatches or mesh.stage
+    pipeline = microbatches if mesh.stage > 1 else 1
+    shards = mesh.data * mesh.fsdp * mesh.expert * pipeline
+    if (data.batch_size // accumulation) % shards:
+        raise UserError(
+            f"data.batch_size={data.batch_size}: each of the {accumulation} micro-batches must divide by mesh.data * "
+            f"mesh.fsdp * mesh.expert{' * model.pipeline_microbatches' if pipeline > 1 else ''} = {shards}; "
+            f"valid: multiples of {shards * accumulation}"
+        )
+    for field, size, axes in (
+        ("data.context", data.context, ("sequence", "tensor")),
+        ("model.embed_dim", model.embed_dim, ("fsdp", "expert", "sequence")),
+        ("model.heads", model.heads, ("tensor",)),
+        ("model.mlp_dim", model.mlp_dim, ("tensor",)),
+    ):
+        product = math.prod(getattr(mesh, axis) for axis in axes)
+        if size % product:
+            named = " * ".join(f"mesh.{axis}" for axis in axes)
+            raise UserError(f"{field}={size}: not a multiple of {named} = {product}")
+    if mesh.sequence > 1 and model.context_parallel == "ulysses":
+        for field, heads in (("heads", model.heads), ("kv_heads", model.kv_heads)):
+            if heads % (mesh.sequence * mesh.tensor):
+                raise UserError(
+                    f"model.{field}={heads}: model.context_parallel='ulysses' needs a multiple of mesh.sequence * "
+                    f"mesh.tensor = {mesh.sequence * mesh.tensor}; or take 'ring'"
+                )
+    for field in ("embedding_dropout", "attention_dropout", "residual_dropout"):
+        if mesh.sequence > 1 and model.context_parallel == "ring" and getattr(model, field):
+            raise UserError(
+                f"model.{field}={getattr(model, field)}: with mesh.sequence={mesh.sequence} and "
+                "model.context_parallel='ring' rows lie in another order, which would drop other elements; take "
+                "'ulysses'"
+            )
+    if mesh.sequence > 1 and model.context_parallel == "ring" and data.context % (2 * mesh.sequence):
+        raise UserError(f"data.context={data.context}: not a multiple of 2 * mesh.sequence = {2 * mesh.sequence}")
+    if mesh.stage > 1:
+        groups, parts = model.layers // len(model.pattern), mesh.stage * model.pipeline_repeats
+        if groups % parts:
+            raise UserError(
+                f"mesh.stage={mesh.stage}: {groups} groups of layers do not divide into mesh.stage * "
+                f"model.pipeline_repeats = {parts} parts"
+            )
+        if microbatches % mesh.stage:
+            raise UserError(f"model.pipeline_microbatches={microbatches}: not a multiple of mesh.stage={mesh.stage}")
+
+
 def _at_least(minimum: int, fields: dict[str, float]) -> None:
     for field, value in fields.items():
         if value < minimum:
             raise UserError(f"{field}={value}: must be at least {minimum}")
 
 
-def _one_of(field: str, value: str, valid: tuple[str, ...]) -> None:
+def _one_of(field: str, value: Any, valid: tuple[Any, ...]) -> None:
     if value not in valid:
-        raise UserError(f"{field}={value!r}: valid: {', '.join(valid)}")
+        raise UserError(f"{field}={value!r}: valid: {', '.join(map(str, valid))}")
 
 
 def check_types(tree: Any, prefix: str = "") -> None:

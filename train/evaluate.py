@@ -20,6 +20,7 @@ from absl import flags
 from train import entry
 
 if TYPE_CHECKING:
+    from tpu.watchdog import Watchdog
     from train.data.batch import Batch
     from train.data.pipeline import Corpus
     from train.signals import Stop
@@ -37,6 +38,7 @@ def held_out_figures(
     batches: Iterable[Batch],
     corpus: Corpus,
     stop: Stop | None = None,
+    watchdog: Watchdog | None = None,
 ) -> dict[str, float] | None:
     """Loss (nats per token), perplexity and bits per byte over `batches`; None if a signal came before the end.
 
@@ -45,13 +47,16 @@ def held_out_figures(
 
     Args:
       evaluate: (weights, batch) -> sums `nll_sum` and `loss_tokens`.
+      watchdog: told of every batch.
     """
     nll = tokens = 0.0
     pending: dict[str, Any] | None = None
     for batch in batches:
-        if stop is not None and stop.requested:
+        if stop is not None and stop.asked():
             return None
         sums = evaluate(weights, batch)
+        if watchdog is not None:
+            watchdog.beat()
         if pending is not None:
             nll, tokens = nll + float(pending["nll_sum"]), tokens + float(pending["loss_tokens"])
         pending = sums

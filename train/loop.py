@@ -15,11 +15,13 @@ from typing import Any
 
 import jax
 
-from tpu import host
+from tpu import distributed, host
+from tpu.watchdog import Watchdog
 from train.checkpoint import Checkpointer
 from train.config import RunConfig
 from train.metrics import ConsoleProgress, MetricsWriter
 from train.signals import Stop
+from train.stragglers import HostTime
 
 
 @dataclasses.dataclass
@@ -50,13 +52,14 @@ def train(
     evaluate: Callable[[Any], dict[str, float] | None],
     meta: Callable[[int], dict[str, Any]],
     checkpointer: Checkpointer,
-    writer: MetricsWriter,
+    writer: MetricsWriter | None,
     console: ConsoleProgress,
     stop: Stop,
+    watchdog: Watchdog,
     run: RunConfig,
     rates: Rates,
 ) -> Outcome:
-    """Takes steps from `first_step` to `run.steps`.
+    """Takes steps from `first_step` to `run.steps`. Of several processes all come to the same end at the same step.
 
     Args:
       state: a pytree; donated to `step`.
@@ -65,18 +68,23 @@ def train(
       batches: one for each step from `first_step` on.
       evaluate: held-out figures of a state, among them `loss`; None where a signal cut it short.
       meta: what a checkpoint after so many steps holds beside the state.
+      writer: None in a process that writes no figures.
     """
-    watch = _Watch(writer, console, run, rates)
+    host_time = HostTime()
+    watch = _Watch(writer, console, run, rates, watchdog, host_time)
     started = time.monotonic()
     pending: tuple[int, dict[str, jax.Array], float] | None = None
     last_saved, now = first_step, first_step
     reason = "finished"
-    while now < run.steps and not stop.requested:
+    while now < run.steps and not stop.asked():
         before = time.perf_counter()
         batch = next(batches)
         wait = time.perf_counter() - before
-        state, metrics = step(state, batch)
+        with host_time.elsewhere():
+            state, metrics = step(state, batch)
         now += 1
+        host_time.step()
+        watchdog.beat()
         if pending is not None and watch.report(*pending) >= run.max_bad_steps:
             reason = "diverged"
         pending = (now, metrics, wait)
@@ -86,12 +94,15 @@ def train(
             pending = None
         if reason == "diverged":
             break
+        if distributed.several() and now % run.log_every == 0 and (found := host_time.straggler()):
+            console.say(f"step {now}: {found}")
         held_out = None
         if _due(now, run.eval_every) or now == run.steps:
             with watch.paused():
                 held_out = evaluate(state)
             if held_out is not None:
-                writer.write(now, {"eval": held_out})
+                if writer:
+                    writer.write(now, {"eval": held_out})
                 console.say(f"step {now}  held out: " + "  ".join(f"{k} {v:.4f}" for k, v in held_out.items()))
         if _due(now, run.save_every) or now == run.steps:
             with watch.paused():
@@ -102,9 +113,10 @@ def train(
         reason = "diverged"
     if reason == "finished" and now < run.steps:
         reason = stop.requested
-    if now > last_saved or reason == "diverged":
-        checkpointer.save(now, state, meta(now))
-    saved = checkpointer.wait()
+    with watch.paused():
+        if now > last_saved or reason == "diverged":
+            checkpointer.save(now, state, meta(now))
+        saved = checkpointer.wait()
     return Outcome(state, now, reason, saved, time.monotonic() - started)
 
 
@@ -115,8 +127,17 @@ def _due(step: int, every: int) -> bool:
 class _Watch:
     """Reads the figures of finished steps, derives rates, and tells of spikes and skipped updates."""
 
-    def __init__(self, writer: MetricsWriter, console: ConsoleProgress, run: RunConfig, rates: Rates):
+    def __init__(
+        self,
+        writer: MetricsWriter | None,
+        console: ConsoleProgress,
+        run: RunConfig,
+        rates: Rates,
+        watchdog: Watchdog,
+        host_time: HostTime,
+    ):
         self._writer, self._console, self._run, self._rates = writer, console, run, rates
+        self._watchdog, self._host_time = watchdog, host_time
         self._last_end: float | None = None  # when the step before ended; None where the clock must start anew
         self._mean_loss: float | None = None
         self._seen = 0
@@ -126,12 +147,14 @@ class _Watch:
     def paused(self) -> Iterator[None]:
         """A context whose time counts for no step."""
         start = time.perf_counter()
-        yield
+        with self._watchdog.grace(), self._host_time.elsewhere():
+            yield
         self._pause += time.perf_counter() - start
 
     def report(self, step: int, metrics: dict[str, jax.Array], wait: float) -> int:
         """Records one step's figures once they are there; returns the number of updates skipped in a row."""
-        values = {name: value.item() for name, value in metrics.items()}
+        with self._host_time.elsewhere():
+            values = {name: value.item() for name, value in metrics.items()}
         end = time.perf_counter()
         values["data_wait_seconds"] = wait
         if self._last_end is not None:
@@ -153,7 +176,8 @@ class _Watch:
         elif self._is_spike(values["loss"]):
             values["spike"] = 1
             self._console.say(f"step {step}: loss {values['loss']:.4f} spikes above its mean {self._mean_loss:.4f}")
-        self._writer.write(step, values)
+        if self._writer:
+            self._writer.write(step, values)
         self._console.update(step, values)
         return values["skipped_in_a_row"]
 

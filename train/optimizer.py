@@ -63,11 +63,12 @@ def matrix_dimensions(axes: Any) -> Any:
     """
 
     def dimensions(path: tuple, names: tuple[str, ...]) -> MuonDimensionNumbers | None:
-        if path[-1].key != "kernel" or names[0] != "layers":
+        if path[-1].key != "kernel" or "layers" not in names:
             return None
         # Into the residual stream, all but the last dimension are inputs; out of it, all but the first are outputs.
-        split = len(names) - 1 if names[-1] == "embed" else 2
-        return MuonDimensionNumbers(tuple(range(1, split)), tuple(range(split, len(names))))
+        first = names.index("layers") + 1
+        split = len(names) - 1 if names[-1] == "embed" else first + 1
+        return MuonDimensionNumbers(tuple(range(first, split)), tuple(range(split, len(names))))
 
     return jax.tree_util.tree_map_with_path(dimensions, axes, is_leaf=lambda leaf: isinstance(leaf, tuple))
 

@@ -4,23 +4,33 @@
 
 The workdir receives experiment.json, metrics.jsonl, tensorboard/ and checkpoints/. SIGTERM and Ctrl-C save and leave
 with status 0; the same command then goes on from there. --dry_run prints what the experiment amounts to and stops.
+
+On several hosts the same command runs on each (see `tpu.distributed`), with the workdir where all of them see it.
+Process 0 alone prints and writes figures; any number of hosts, and any mesh, goes on from where another stopped.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import json
+import logging
+import os
 import pathlib
 import sys
+from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, Any
 
 from absl import flags
 
-from tpu import host
+from tpu import distributed, host
+from tpu.errors import UserError
 from train import entry
-from train.config import Experiment, RunConfig, to_dict
+from train.config import DataConfig, Experiment, RunConfig, to_dict
 
 if TYPE_CHECKING:
+    from train.data.batch import Batch
+    from train.data.pipeline import Corpus
+    from train.data.tokenizer import Tokenizer
     from train.loop import Outcome
     from train.signals import Stop
     from train.workdir import Workdir
@@ -47,9 +57,13 @@ def main() -> int:
     from train.signals import Stop
     from train.workdir import Workdir
 
-    with Stop() as stop:
+    host.keep_freed_memory()
+    distributed.initialize()
+    if not distributed.leads():
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115 (until the process ends)
+        logging.getLogger("train").setLevel(logging.WARNING)
+    with distributed.ended_by_errors(), Stop() as stop:
         workdir = Workdir(entry.FLAGS.workdir)
-        host.keep_freed_memory()
         return pretrain(experiment, workdir, stop)
 
 
@@ -57,7 +71,9 @@ def pretrain(experiment: Experiment, workdir: Workdir, stop: Stop) -> int:
     """Trains until `run.steps`, a signal or divergence; returns the exit status."""
     import jax
 
+    from tpu import rules
     from tpu.mesh import make_mesh
+    from tpu.watchdog import Watchdog
     from train import loop
     from train.checkpoint import Checkpointer
     from train.data import pipeline, tokenizer
@@ -65,24 +81,32 @@ def pretrain(experiment: Experiment, workdir: Workdir, stop: Stop) -> int:
     from train.metrics import ConsoleProgress, MetricsWriter
     from train.step import TrainState, make_program
     from train.summary import flops_per_token, parameter_counts
-    from train.workdir import check_same_model, read_experiment, versions
+    from train.workdir import versions
 
-    if (workdir.path / "experiment.json").exists():
-        check_same_model(read_experiment(workdir.path), experiment)
+    workdir.check_experiment(experiment)
     backend = host.start_backend()
     data, run = experiment.data, experiment.run
     model = experiment.model.placed(backend, host.fast_dtype(backend))
-    mesh = make_mesh(experiment.mesh)
+    placed = dataclasses.replace(experiment, model=model).on(len(jax.devices()))
+    mesh = make_mesh(placed.mesh)
+    shape = (data.batch_size, data.context)
+    layout = rules.sharding(mesh, ("batch", "sequence"), shape)
+    rows = distributed.rows_here(layout, shape)
+
+    def assembled(batches: Iterable[Batch]) -> Iterator[Batch]:
+        return (distributed.assemble(batch, layout, rows, data.batch_size) for batch in batches)
+
+    watchdog = Watchdog(run.watchdog_seconds)
     with jax.set_mesh(mesh):
-        program = make_program(dataclasses.replace(experiment, model=model), mesh)
+        program = make_program(placed, mesh)
         checkpointer = Checkpointer(workdir.path / "checkpoints", run)
         restored = checkpointer.restore(program.abstract_state)
         if restored:
             state, saved_meta, first_step = restored
             print(f"resuming from step {first_step} in {workdir.path}")
-            corpus = pipeline.load(data, tokenizer=tokenizer.from_dict(saved_meta["tokenizer"]))
+            corpus = _load_corpus(data, tokenizer.from_dict(saved_meta["tokenizer"]))
         else:
-            corpus = pipeline.load(data)
+            corpus = _load_corpus(data)
             state, first_step = program.init(jax.random.key(run.seed)), 0
         tokenizer.check_vocabulary(corpus.tokenizer, model.vocab_size)
         for change in workdir.write_experiment(experiment):
@@ -105,14 +129,14 @@ def pretrain(experiment: Experiment, workdir: Workdir, stop: Stop) -> int:
             for prefix, weights in (("", state.weights), ("ema_", state.ema)):
                 if weights is None:
                     continue
-                batches = pipeline.held_out_batches(corpus, data, data.batch_size, run.eval_batches)
-                found = held_out_figures(program.evaluate, weights, batches, corpus, stop)
+                batches = pipeline.held_out_batches(corpus, data, data.batch_size, run.eval_batches, rows)
+                found = held_out_figures(program.evaluate, weights, assembled(batches), corpus, stop, watchdog)
                 if found is None:
                     return None
                 figures |= {prefix + name: value for name, value in found.items()}
             return figures
 
-        peak = host.measured_matmul_rate(model.compute_dtype)
+        peak = host.measured_matmul_rate(model.compute_dtype) if distributed.leads() else 0.0
         counts = parameter_counts(program.abstract_state.weights)
         devices = jax.devices()
         print(
@@ -126,30 +150,54 @@ def pretrain(experiment: Experiment, workdir: Workdir, stop: Stop) -> int:
             flops_per_token=flops_per_token(model, program.abstract_state.weights, data.context),
             matmul_flops_per_second=peak * len(devices),
         )
-        writer = MetricsWriter(workdir.path, first_step, run.tensorboard)
+        writer = MetricsWriter(workdir.path, first_step, run.tensorboard) if distributed.leads() else None
         console = ConsoleProgress(run.steps, first_step, run.log_every)
-        batches = pipeline.train_batches(corpus, data, run.seed, first_step)
-        try:
-            outcome = loop.train(
-                state,
-                first_step,
-                program.step,
-                batches,
-                evaluate if corpus.held_out else lambda state: None,
-                meta,
-                checkpointer,
-                writer,
-                console,
-                stop,
-                run,
-                rates,
-            )
-        finally:
-            console.close()
-            writer.close()
-            batches.close()
-            checkpointer.close()
+        batches = pipeline.train_batches(corpus, data, run.seed, first_step, rows)
+        with watchdog:  # Of what comes after an error, too: it may wait for another process.
+            try:
+                outcome = loop.train(
+                    state,
+                    first_step,
+                    program.step,
+                    assembled(batches),
+                    evaluate if corpus.held_out else lambda state: None,
+                    meta,
+                    checkpointer,
+                    writer,
+                    console,
+                    stop,
+                    watchdog,
+                    run,
+                    rates,
+                )
+            finally:
+                console.close()
+                if writer:
+                    writer.close()
+                batches.close()
+                checkpointer.close()
     return _conclude(outcome, workdir, run)
+
+
+def _load_corpus(data: DataConfig, saved: Tokenizer | None = None) -> Corpus:
+    """The corpus, with process 0's tokenizer. It reads before the others, which may then find its work in the cache.
+
+    Raises UserError where the sources of two hosts differ.
+    """
+    from train.data import pipeline, tokenizer
+
+    loaded: list[Corpus] = []
+
+    def load_first() -> dict[str, Any]:
+        loaded.append(pipeline.load(data, tokenizer=saved))
+        return {"tokenizer": loaded[0].tokenizer.to_dict(), "report": loaded[0].report}
+
+    first = distributed.decide(load_first)
+    corpus = loaded[0] if loaded else pipeline.load(data, tokenizer=tokenizer.from_dict(first["tokenizer"]))
+    same = json.dumps(corpus.report) == json.dumps(first["report"])
+    if unlike := [process for process, found in enumerate(distributed.gather(same)) if not found]:
+        raise UserError(f"data.sources: process {unlike[0]} finds other documents there than process 0")
+    return corpus
 
 
 def _conclude(outcome: Outcome, workdir: Workdir, run: RunConfig) -> int:

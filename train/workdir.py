@@ -12,6 +12,7 @@ import subprocess
 from pathlib import Path
 from typing import Any
 
+from tpu import distributed
 from tpu.errors import UserError
 from train.config import Experiment, differences, from_dict, to_dict
 
@@ -23,6 +24,8 @@ FREE_MODEL_FIELDS = (
     "compute_dtype",
     "platform",
     "attention",
+    "context_parallel",
+    "pipeline_microbatches",
     "layer_loop",
     "remat",
     "embedding_dropout",
@@ -32,15 +35,19 @@ FREE_MODEL_FIELDS = (
 
 
 class Workdir:
-    """A directory held by this process alone, from construction until `close` or the end of the process.
+    """A directory held by this process, or its gang, alone, from construction until `close` or the end of the process.
 
     The `lock` file names the holder as `{"pid": ..., "host": ...}`. What locks is flock(2), which ends with the
-    process however that ends, so a file left by a dead process is no obstacle. Raises UserError where another process
-    holds the directory, or where it cannot be created or written.
+    process however that ends, so a file left by a dead process is no obstacle. Of several processes, the first holds
+    it for all. Raises UserError where another process holds the directory, or where it cannot be created or written.
     """
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
+        self._lock: int | None = None
+        distributed.decide(self._hold)
+
+    def _hold(self) -> None:
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             self._lock = os.open(self.path / "lock", os.O_RDWR | os.O_CREAT, 0o644)
@@ -50,30 +57,41 @@ class Workdir:
         except BlockingIOError:
             holder = _holder(os.read(self._lock, 1024))
             os.close(self._lock)
-            raise UserError(f"workdir={path}: in use by {holder}; stop it or give another --workdir") from None
+            raise UserError(f"workdir={self.path}: in use by {holder}; stop it or give another --workdir") from None
         except OSError as error:
             raise UserError(
-                f"workdir={path}: {error.strerror}; give --workdir a directory that can be created and written"
+                f"workdir={self.path}: {error.strerror}; give --workdir a directory that can be created and written"
             ) from error
 
     def close(self) -> None:
         """Lets the next process have the directory. The lock file stays: removing it would race with that process."""
-        os.close(self._lock)
+        if self._lock is not None:
+            os.close(self._lock)
+
+    def check_experiment(self, experiment: Experiment) -> None:
+        """Raises UserError where the workdir belongs to an experiment with another model."""
+        distributed.decide(lambda: self._changes(experiment) and None)
 
     def write_experiment(self, experiment: Experiment) -> list[str]:
         """Writes `experiment.json` (resolved tree, versions, git revision), replacing an earlier one atomically.
 
-        Returns the differences from the earlier one as `field: value there, value here`, for the log. Raises UserError
-        where that one has another model, or where the file cannot be read or written.
+        Process 0 alone does. Returns the differences from the earlier one as `field: value there, value here`, for the
+        log. Raises UserError where that one has another model, or where the file cannot be read or written.
         """
-        path = self.path / "experiment.json"
-        changed = check_same_model(read_experiment(self.path), experiment) if path.exists() else []
+        return distributed.decide(lambda: self._write_experiment(experiment))
+
+    def _write_experiment(self, experiment: Experiment) -> list[str]:
+        path, changed = self.path / "experiment.json", self._changes(experiment)
         tree = {"experiment": to_dict(experiment), "versions": versions(), "git_revision": git_revision()}
         try:
             write_json(path, tree)
         except OSError as error:
             raise UserError(f"{path}: cannot be written: {error.strerror}") from error
         return changed
+
+    def _changes(self, experiment: Experiment) -> list[str]:
+        known = (self.path / "experiment.json").exists()
+        return check_same_model(read_experiment(self.path), experiment) if known else []
 
 
 def _holder(content: bytes) -> str:

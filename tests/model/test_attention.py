@@ -1,4 +1,4 @@
-"""The two implementations of attention against each other, and rotary positions on their own.
+"""The implementations of attention against each other, and rotary positions on their own.
 
 Legend: B rows, T tokens, H heads, G kv_heads, K head_dim.
 """
@@ -11,8 +11,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel
 
 from model.attention import Place, attend
+from model.dropout import row_keys
 from model.rope import rotate, rotation
 
 CASES = [  # heads, kv_heads, tokens, window, softcap, documents per row
@@ -88,10 +90,11 @@ def test_dropout_reaches_the_weights_of_either_kind():
     q, k, v, place, _ = inputs(2, 2, 12, 1)
     drop = functools.partial(attend, q, k, v, place, place, kind="chunked", dropout_rate=0.3)
     whole = drop(key=None)
-    many = jax.jit(jax.vmap(lambda key: drop(key=key)))(jax.random.split(jax.random.key(0), 4000))
+    many = jax.jit(jax.vmap(lambda key: drop(key=row_keys(key, 2))))(jax.random.split(jax.random.key(0), 4000))
     assert np.abs(many[0] - whole).max() > 0.1
     np.testing.assert_allclose(many.mean(0), whole, atol=0.15)
-    np.testing.assert_array_equal(drop(key=jax.random.key(5)), drop(key=jax.random.key(5)))
+    keys = row_keys(jax.random.key(5), 2)
+    np.testing.assert_array_equal(drop(key=keys), drop(key=keys))
 
 
 def test_rotary_scores_depend_on_the_distance_alone():
@@ -106,3 +109,26 @@ def test_rotary_scores_depend_on_the_distance_alone():
         scores = [score(start + distance, start) for start in (0, 3, 40)]
         np.testing.assert_allclose(scores, scores[0], atol=1e-4)
     assert abs(score(0, 0) - score(5, 0)) > 1e-2
+
+
+@pytest.mark.parametrize(("window", "softcap", "kv_heads"), [(0, 0.0, 2), (7, 0.0, 1), (0, 2.0, 2)])
+def test_the_tpu_kernel_equals_the_plain_form(monkeypatch, window, softcap, kv_heads):
+    """The Pallas kernel, interpreted, on rows of several documents: values and gradients."""
+    interpreted = functools.partial(splash_attention_kernel.make_splash_mha, interpret=True)
+    monkeypatch.setattr(splash_attention_kernel, "make_splash_mha", interpreted)
+    rng = np.random.default_rng(0)
+    q, k, v = (rng.normal(size=(1, heads, 256, 16)).astype(np.float32) for heads in (2, kv_heads, kv_heads))
+    segments = 1 + np.cumsum(rng.random((1, 256)) < 0.02, 1)
+    first = np.maximum.accumulate(np.where(np.diff(segments, prepend=0) > 0, np.arange(256), 0), 1)
+    place = Place(segments.astype(np.int32), (np.arange(256) - first).astype(np.int32))
+
+    def value(q, k, v, kind):
+        out = attend(q, k, v, place, place, kind=kind, window=window, softcap=softcap)
+        return jnp.sum(jnp.sin(out)), out
+
+    found, wanted = (
+        jax.jit(jax.value_and_grad(functools.partial(value, kind=kind), (0, 1, 2), has_aux=True))(q, k, v)
+        for kind in ("splash", "plain")
+    )
+    for x, y in zip(jax.tree.leaves(found), jax.tree.leaves(wanted), strict=True):
+        np.testing.assert_allclose(x, y, rtol=0, atol=2e-5 * max(1, np.abs(y).max()))

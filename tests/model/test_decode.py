@@ -55,6 +55,8 @@ CONFIGS = {
     "pattern": {"pattern": ("local", "global"), "window": 3, "layers": 4},
     "pattern scanned": {"pattern": ("local", "global"), "window": 3, "layers": 4, "layer_loop": "scan", "kv_heads": 2},
     "scanned": {"layer_loop": "scan"},
+    "pipeline's weights": {"pipeline_repeats": 2, "layers": 4},
+    "pipeline's weights scanned": {"pipeline_repeats": 2, "layers": 4, "layer_loop": "scan"},
     "post-norm": {"norm_order": "post", "positions": "learned"},
     "qk_norm": {"qk_norm": True, "norm": "rmsnorm", "activation": "swiglu", "tied_head": False},
     "softcaps": {"attention_softcap": 2.0, "logits_softcap": 3.0},

@@ -14,27 +14,35 @@ import model.block
 from model import transformer
 from model.attention import Place
 from model.config import ModelConfig
-from model.dropout import dropout
+from model.dropout import dropout, row_keys
 
 
 @pytest.mark.parametrize("rate", [0.1, 0.5, 0.9])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_share_and_scale(rate, dtype):
     x = jnp.full((100, 1000), 2.0, dtype)
-    y = dropout(x, rate, jax.random.key(0))
+    y = dropout(x, rate, row_keys(jax.random.key(0), 100))
     assert y.dtype == x.dtype
     kept = np.asarray(y != 0)
     assert abs(kept.mean() - (1 - rate)) < 5 * np.sqrt(rate * (1 - rate) / x.size)
     assert abs(kept.mean(0) - (1 - rate)).max() < 0.3  # no column is favoured
     np.testing.assert_allclose(np.asarray(y, np.float32)[kept], 2 / (1 - rate), rtol=0.01)
-    np.testing.assert_array_equal(y, dropout(x, rate, jax.random.key(0)))
-    assert (y != dropout(x, rate, jax.random.key(1))).any()
+    np.testing.assert_array_equal(y, dropout(x, rate, row_keys(jax.random.key(0), 100)))
+    assert (y != dropout(x, rate, row_keys(jax.random.key(1), 100))).any()
+    assert (y[0] != y[1]).any()
+
+
+def test_what_a_row_loses_does_not_depend_on_its_batch():
+    keys = row_keys(jax.random.key(0), 6)
+    whole = dropout(jnp.ones((6, 50)), 0.5, keys)
+    some = jnp.array([4, 1])
+    np.testing.assert_array_equal(dropout(jnp.ones((2, 50)), 0.5, keys[some]), whole[some])
 
 
 def test_without_key_or_rate_it_is_not_there():
     x = jnp.arange(6.0)
     assert dropout(x, 0.5, None) is x
-    assert dropout(x, 0.0, jax.random.key(0)) is x
+    assert dropout(x, 0.0, row_keys(jax.random.key(0), 6)) is x
 
 
 def test_every_place_of_every_layer_draws_its_own(monkeypatch):
@@ -56,7 +64,7 @@ def test_every_place_of_every_layer_draws_its_own(monkeypatch):
     drawn = []
 
     def recording(x, rate, key):
-        drawn.append((rate, jax.random.key_data(key)))
+        drawn.append((rate, jax.random.key_data(key)[0]))
         return dropout(x, rate, key)
 
     for room in (model.attention, model.block, transformer):
@@ -65,7 +73,7 @@ def test_every_place_of_every_layer_draws_its_own(monkeypatch):
     def keys(key: jax.Array) -> list:
         drawn.clear()
         weights = jax.tree.map(lambda leaf: jnp.ones(leaf.shape), abstract)
-        transformer.bind(graphdef, weights)(tokens, Place(tokens + 1, tokens), key=key)
+        transformer.bind(graphdef, weights)(tokens, Place(tokens + 1, tokens), key=row_keys(key, 1))
         return [data for _, data in drawn]
 
     keys_of_steps = jax.jit(jax.vmap(keys))(jax.random.split(jax.random.key(0), 2))
@@ -83,7 +91,7 @@ def test_rates_without_a_key_change_nothing():
     tokens = jnp.arange(5, dtype=jnp.int32)[None]
     hidden = [
         jax.jit(lambda w, g=g, key=key: transformer.bind(g, w)(tokens, Place(tokens * 0, tokens), key=key)[0])(weights)
-        for g, key in ((graphdef, None), (noisy, None), (noisy, jax.random.key(0)))
+        for g, key in ((graphdef, None), (noisy, None), (noisy, row_keys(jax.random.key(0), 1)))
     ]
     np.testing.assert_array_equal(hidden[0], hidden[1])
     assert np.abs(hidden[2] - hidden[1]).max() > 0.01

@@ -79,6 +79,7 @@ def test_every_dimension_of_every_weight_has_a_name_in_the_table(model_configs, 
     sizes = {
         "layers": config.layers // len(config.pattern),
         "vocab": config.vocab_size,
+        "table_embed": config.embed_dim,
         "positions": config.max_positions,
         "embed": config.embed_dim,
         "heads": config.heads,

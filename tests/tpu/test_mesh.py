@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -43,10 +44,11 @@ def test_no_mesh_axis_cuts_two_dimensions(axes):
 
 def test_the_table_knows_only_mesh_axes():
     assert {axis for axes in rules.RULES.values() for axis in axes} <= set(rules.MESH_AXES)
+    spread = ("fsdp", "expert", "sequence")
     assert rules.partition_spec(("layers", "embed", "heads", "head_dim")) == PartitionSpec(
-        "stage", "fsdp", "tensor", None
+        "stage", spread, "tensor", None
     )
-    assert rules.partition_spec(("batch", "embed")) == PartitionSpec(("data", "fsdp"), None)
+    assert rules.partition_spec(("batch", "embed")) == PartitionSpec(("data", "fsdp", "expert"), "sequence")
     with pytest.raises(KeyError, match="nonsense"):
         rules.partition_spec(("nonsense",))
 
@@ -65,5 +67,35 @@ def test_constraints_apply_under_a_mesh_and_only_there(one_device):
 
 def test_shardings_of_a_tree():
     mesh = make_mesh(MeshConfig(fsdp=8))
-    found = rules.tree_shardings(mesh, {"a": ("embed", "mlp"), "b": {"c": ("norm",)}})
-    assert found == {"a": rules.sharding(mesh, ("embed", "mlp")), "b": {"c": rules.sharding(mesh, ("norm",))}}
+    axes = {"a": ("embed", "mlp"), "b": {"c": ("norm",)}}
+    weights = {"a": jax.ShapeDtypeStruct((16, 3), "float32"), "b": {"c": jax.ShapeDtypeStruct((5,), "float32")}}
+    found = rules.tree_shardings(mesh, axes, weights)
+    assert found == {"a": rules.sharding(mesh, ("embed", "mlp"), (16, 3)), "b": {"c": rules.sharding(mesh, ("norm",))}}
+    assert found["a"].shard_shape((16, 3)) == (2, 3)
+    for stage in (1, 2):
+        assert rules.tree_shardings(mesh, axes, weights, stage)["a"].is_fully_replicated
+
+
+def test_an_axis_that_does_not_divide_is_left_out_from_the_end():
+    mesh = make_mesh(MeshConfig(fsdp=2, expert=2, tensor=2))
+    assert rules.partition_spec(("table_embed", "vocab"), mesh, (8, 3)) == PartitionSpec(
+        ("fsdp", "expert", "tensor"), None
+    )
+    assert rules.partition_spec(("table_embed",), mesh, (12,)) == PartitionSpec(("fsdp", "expert"))
+    assert rules.partition_spec(("kv_heads",), mesh, (3,)) == PartitionSpec(None)
+
+
+@pytest.mark.parametrize("axis", ["data", "fsdp", "stage"])
+def test_slices_lie_outermost_along_their_axis(axis):
+    mesh = make_mesh(MeshConfig(**{axis: 4, "tensor": 2, "slices": 2, "slice_axis": axis}))
+    along = np.moveaxis(mesh.devices, rules.MESH_AXES.index(axis), 0)
+    ids = np.vectorize(lambda device: device.id)(along)
+    assert set(ids[:2].flat) == set(range(4))
+    assert set(ids[2:].flat) == set(range(4, 8))
+
+
+def test_what_remains_of_the_devices():
+    assert MeshConfig(data=2, fsdp=-1).filled(8).fsdp == 4
+    assert MeshConfig(data=2).filled(8) == MeshConfig(data=2)
+    with pytest.raises(UserError, match=r"mesh\.data=3 = 3: does not divide the 8 devices"):
+        MeshConfig(data=3, fsdp=-1).filled(8)

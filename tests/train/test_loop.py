@@ -16,6 +16,7 @@ from typing import Any
 import jax.numpy as jnp
 import pytest
 
+from tpu.watchdog import Watchdog
 from train import loop
 from train.checkpoint import Checkpointer
 from train.config import RunConfig
@@ -93,6 +94,7 @@ def run_loop(
                 writer,
                 console,
                 stop,
+                Watchdog(0),
                 run,
                 loop.Rates(tokens_per_step=100, flops_per_token=1000, matmul_flops_per_second=1e9),
             )
@@ -309,5 +311,5 @@ def test_what_the_data_raises_comes_through(tmp_path):
     with pytest.raises(StopIteration):
         loop.train(
             {}, 0, None, iter(()), None, None, Saves(), MetricsWriter(tmp_path, 0, False),
-            ConsoleProgress(3, 0, 1), Stop(), config(steps=3), loop.Rates(1, 1, 0.0),
+            ConsoleProgress(3, 0, 1), Stop(), Watchdog(0), config(steps=3), loop.Rates(1, 1, 0.0),
         )  # fmt: skip

@@ -1,9 +1,9 @@
-"""The data path: sources → documents → tokens → packed rows → host-local batches.
+"""The data path: sources → documents → tokens → packed rows → batches, of which a process makes its own rows only.
 
 A training batch is a pure function of (seed, step), so the only state of the data is the step: a run resumes at any
 step, on any number of hosts, with the batches it would have seen.
 
-Legend: B rows per batch, T tokens per row.
+Legend: B rows per global batch, L those of them that this process makes, T tokens per row.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import dataclasses
 import itertools
 import logging
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -112,44 +112,61 @@ def held_out_documents(data: DataConfig) -> Iterator[str]:
                 yield document.text
 
 
+class _Selected:
+    """The given rows of every global batch, one batch after the other, as Grain reads them."""
+
+    def __init__(self, stream: Any, batch_size: int, rows: Sequence[int]) -> None:
+        self._stream, self._batch_size, self._rows = stream, batch_size, rows
+
+    def __len__(self) -> int:
+        return len(self._stream) // self._batch_size * len(self._rows)
+
+    def __getitem__(self, index: int) -> Batch:
+        step, row = divmod(int(index), len(self._rows))
+        return self._stream[step * self._batch_size + self._rows[row]]
+
+
 def train_batches(
-    corpus: Corpus, data: DataConfig, seed: int, start_step: int = 0, host: int = 0, hosts: int = 1
+    corpus: Corpus, data: DataConfig, seed: int, start_step: int = 0, rows: Sequence[int] = ()
 ) -> Iterator[Batch]:
-    """An endless iterator of training batches [B / hosts, T] from `start_step` on, made ahead in a thread.
+    """An endless iterator of training batches [L, T] from `start_step` on, made ahead in a thread.
 
     Every source is shuffled anew in each of its epochs and gives data.weights of the rows (by default in proportion to
-    its rows). Host h gets rows h * B / hosts onward of each global batch. `close()` stops the thread; what fails in it
-    is raised by `next`. Raises UserError where `hosts` does not divide the batch.
+    its rows). `close()` stops the thread; what fails in it is raised by `next`.
+
+    rows: which rows of each global batch to make (see `tpu.distributed.rows_here`), ascending; none given: all.
     """
     import grain
 
-    if data.batch_size % hosts:
-        raise UserError(f"data.batch_size={data.batch_size}: not a multiple of the {hosts} hosts that read data")
     sources = [
         grain.MapDataset.source(rows).seed((seed + index) % 2**32).shuffle().repeat()
         for index, rows in enumerate(corpus.train)
     ]
     weights = data.weights or [len(rows) for rows in corpus.train]
     # Grain 0.2 overflows on batches of one row of an endless mixture; no run reaches this many.
-    rows = grain.MapDataset.mix(sources, weights)[: 2**48]
-    # Local batches in the order step 0 host 0, step 0 host 1, .., step 1 host 0, ..
-    batches = rows.batch(data.batch_size // hosts)
-    mine = batches[start_step * hosts + host :: hosts]
-    return iter(mine.to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=data.prefetch)))
+    stream = grain.MapDataset.mix(sources, weights)[: 2**48]
+    if rows:
+        stream = grain.MapDataset.source(_Selected(stream, data.batch_size, rows))
+    batches = stream.batch(len(rows) or data.batch_size)[start_step:]
+    return iter(batches.to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=data.prefetch)))
 
 
-def held_out_batches(corpus: Corpus, data: DataConfig, batch_size: int, limit: int = 0) -> Iterator[Batch]:
-    """Yields the held-out rows in order as batches [batch_size, T], the last filled up with padding rows.
+def held_out_batches(
+    corpus: Corpus, data: DataConfig, batch_size: int, limit: int = 0, rows: Sequence[int] = ()
+) -> Iterator[Batch]:
+    """Yields the held-out rows in order as batches of `batch_size` rows, the last filled up with padding rows.
 
+    rows: as in `train_batches`; the batches are [L, T] then, and [batch_size, T] without.
     limit: at most so many batches; 0: all. With a limit, bits per byte must count bytes as
     `held_out_bytes / held_out_tokens` per token of weight 1, for the bytes of single rows are not known.
     """
-    rows = (rows[index] for rows in corpus.held_out for index in range(len(rows)))
+    stream = ((packed, index) for packed in corpus.held_out for index in range(len(packed)))
     padding = padding_row(data.context, corpus.tokenizer.end_of_document)
     count = 0
-    while chunk := list(itertools.islice(rows, batch_size)):
-        chunk += [padding] * (batch_size - len(chunk))
-        yield Batch(*(np.stack(arrays) for arrays in zip(*chunk, strict=True)))
+    while chunk := list(itertools.islice(stream, batch_size)):
+        mine = [chunk[row] if row < len(chunk) else None for row in rows or range(batch_size)]
+        made = [padding if place is None else place[0][place[1]] for place in mine]
+        yield Batch(*(np.stack(arrays) for arrays in zip(*made, strict=True)))
         count += 1
         if count == limit:
             return

@@ -35,8 +35,8 @@ def corpus_of(*rows: PackedRows) -> pipeline.Corpus:
     return pipeline.Corpus(ByteTokenizer(), rows, (), 0, 0, {})
 
 
-def take(count: int, corpus, data, seed=0, start=0, **hosts) -> list[Batch]:
-    batches = pipeline.train_batches(corpus, data, seed, start, **hosts)
+def take(count: int, corpus, data, seed=0, start=0, rows=()) -> list[Batch]:
+    batches = pipeline.train_batches(corpus, data, seed, start, rows)
     found = list(itertools.islice(batches, count))
     batches.close()
     return found
@@ -94,19 +94,12 @@ def test_mixture_proportions(weights, share):
     assert set(found) == {*range(20), *range(1000, 1030)}
 
 
-@pytest.mark.parametrize("hosts", [2, 4])
-def test_hosts_hold_contiguous_rows_of_the_same_global_batch(hosts):
+@pytest.mark.parametrize("rows", [[0], [2, 3], [0, 3], [1, 2, 3], [0, 1, 2, 3]])
+@pytest.mark.parametrize("start", [0, 2])
+def test_a_process_makes_its_rows_of_the_global_batch(rows, start):
     data = config(weights=(1.0, 2.0))
-    parts = [take(6, TWO, data, start=2, host=host, hosts=hosts) for host in range(hosts)]
-    joined = [
-        Batch(*(np.concatenate(arrays) for arrays in zip(*batch, strict=True))) for batch in zip(*parts, strict=True)
-    ]
-    assert_equal(joined, take(6, TWO, data, start=2))
-
-
-def test_hosts_must_divide_the_batch():
-    with pytest.raises(UserError, match=r"data\.batch_size=4: not a multiple of the 3 hosts"):
-        pipeline.train_batches(ONE, config(), 0, hosts=3)
+    whole = [Batch(*(array[rows] for array in batch)) for batch in take(6, TWO, data, start=start)]
+    assert_equal(take(6, TWO, data, start=start, rows=rows), whole)
 
 
 class BrokenRows:
@@ -198,6 +191,9 @@ def test_held_out_batches_are_whole_and_can_be_limited(files):
     assert not batches[1].loss_weights[1:].any()
     assert [str(array.dtype) for array in batches[1]] == ["int32", "int32", "float32", "int32", "int32"]
     assert_equal(list(pipeline.held_out_batches(corpus, files, rows - 1, limit=1)), batches[:1])
+    mine = [0, 2, rows - 2]
+    parts = [Batch(*(array[mine] for array in batch)) for batch in batches]
+    assert_equal(list(pipeline.held_out_batches(corpus, files, rows - 1, rows=mine)), parts)
 
 
 def test_held_out_and_train_share_no_document(files):

@@ -1,0 +1,244 @@
+"""Every mesh computes what one device computes, and really divides the work.
+
+Legend: B rows, T tokens.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from model.config import ModelConfig
+from tpu import hlo
+from tpu.hlo_counts import Counts, count
+from tpu.mesh import make_mesh
+from tpu.pipeline import bubble_fraction
+from train.config import MESH_AXES, DataConfig, Experiment, MeshConfig, OptimizerConfig
+from train.data.batch import Batch
+from train.step import Program, TrainState, make_program
+
+ROWS, TOKENS, VOCAB = 16, 32, 20
+
+BASE = Experiment(
+    model=ModelConfig(
+        vocab_size=VOCAB, layers=4, embed_dim=16, heads=4, kv_heads=2, activation="swiglu", layer_loop="scan"
+    ),
+    data=DataConfig(tokenizer="bytes", bpe_vocab_size=VOCAB, context=TOKENS, batch_size=ROWS),
+    # Without momentum and clipping, its state is the last gradient.
+    optimizer=OptimizerConfig(name="sgd", schedule="constant", warmup_steps=0, beta1=0.0, clip_norm=0.0),
+)
+
+DROPOUT = {"embedding_dropout": 0.2, "residual_dropout": 0.3, "attention_dropout": 0.1}
+
+CASES: dict[str, dict[str, dict[str, Any]]] = {
+    "data8": {"mesh": {"data": 8}},
+    "fsdp8": {"mesh": {"fsdp": 8}},
+    "tensor4": {"mesh": {"tensor": 4}},
+    "sequence8": {"mesh": {"sequence": 8}},
+    "expert8": {"mesh": {"expert": 8}},
+    "stage4": {"mesh": {"stage": 4}},
+    "fsdp4-tensor2": {"mesh": {"fsdp": 4, "tensor": 2}},
+    "data2-fsdp2-sequence2": {"mesh": {"data": 2, "fsdp": 2, "sequence": 2}},
+    "ulysses": {
+        "mesh": {"fsdp": 4, "sequence": 2},
+        "model": {"context_parallel": "ulysses", **DROPOUT},
+    },
+    "ulysses-chunked": {
+        "mesh": {"data": 2, "tensor": 2, "sequence": 2},
+        "model": {"context_parallel": "ulysses", "kv_heads": 4},
+    },
+    "stage2-fsdp4": {"mesh": {"stage": 2, "fsdp": 4}},
+    "stage2-tensor2-data2": {"mesh": {"stage": 2, "tensor": 2, "data": 2}},
+    "stage2-repeats2-sequence2-fsdp2": {
+        "mesh": {"stage": 2, "sequence": 2, "fsdp": 2},
+        "model": {"pipeline_repeats": 2, "pipeline_microbatches": 4, "remat": "full"},
+    },
+    "stage2-dropout": {
+        "mesh": {"stage": 2, "fsdp": 2, "data": 2},
+        "model": {"pipeline_microbatches": 4, "remat": "projections", **DROPOUT},
+    },
+    "stage4-repeats1-remat": {"mesh": {"stage": 4, "data": 2}, "model": {"remat": "attention"}},
+    "fsdp2-expert2-tensor2-accumulation": {
+        "mesh": {"fsdp": 2, "expert": 2, "tensor": 2},
+        "optimizer": {"accumulation": 2},
+        "model": DROPOUT,
+    },
+    "fsdp2-sequence2-tensor2-window": {
+        "mesh": {"fsdp": 2, "sequence": 2, "tensor": 2},
+        "model": {"pattern": ("local", "global"), "window": 5, "attention_softcap": 2.0},
+    },
+    "zero1": {"mesh": {"fsdp": 4, "tensor": 2, "zero": 1}},
+    "zero2": {"mesh": {"fsdp": 4, "data": 2, "zero": 2}},
+    "slices2": {"mesh": {"data": 2, "fsdp": 4, "slices": 2}},
+    "slices2-stage": {"mesh": {"stage": 2, "fsdp": 4, "slices": 2, "slice_axis": "stage"}},
+    "untied-odd-vocab-few-kv-heads": {
+        "mesh": {"fsdp": 2, "tensor": 4},
+        "model": {"tied_head": False, "vocab_size": 21, "kv_heads": 1, "heads": 4},
+        "data": {"bpe_vocab_size": 21},
+    },
+}
+
+
+def changed(branches: dict[str, dict[str, Any]]) -> Experiment:
+    parts = {name: dataclasses.replace(getattr(BASE, name), **fields) for name, fields in branches.items()}
+    experiment = dataclasses.replace(BASE, **parts).resolved()
+    experiment.model = experiment.model.placed("cpu", "float32")
+    return experiment
+
+
+def start(program: Program, seed: int = 0) -> TrainState:
+    """A state with random weights, laid out as the program wants it."""
+    rng = np.random.default_rng(seed)
+
+    def draw(leaf: jax.ShapeDtypeStruct) -> jax.Array:
+        return jax.device_put(jnp.asarray(0.4 * rng.normal(size=leaf.shape), leaf.dtype), leaf.sharding)
+
+    def zero(leaf: jax.ShapeDtypeStruct) -> jax.Array:
+        if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+            return jax.device_put(jax.random.key(7), leaf.sharding)
+        return jax.device_put(jnp.zeros(leaf.shape, leaf.dtype), leaf.sharding)
+
+    state = jax.tree.map(zero, program.abstract_state)
+    return state._replace(weights=jax.tree.map(draw, program.abstract_state.weights))
+
+
+def packed_batch(vocab_size: int = VOCAB) -> Batch:
+    """Up to four segments per row, loss weights between 0 and 3 that differ much from row to row."""
+    rng = np.random.default_rng(0)
+    segments = 1 + np.cumsum(rng.random((ROWS, TOKENS)) < 0.1, 1)
+    steps = np.arange(TOKENS)[None]
+    first = np.maximum.accumulate(np.where(np.diff(segments, prepend=0) > 0, steps, 0), 1)
+    tokens = rng.integers(0, vocab_size, (ROWS, TOKENS + 1))
+    ragged = rng.random((ROWS, TOKENS)) * (steps < rng.integers(1, TOKENS + 1, (ROWS, 1)))
+    return Batch(
+        tokens=tokens[:, :-1].astype(np.int32),
+        targets=tokens[:, 1:].astype(np.int32),
+        loss_weights=(ragged * rng.integers(1, 4, (ROWS, 1))).astype(np.float32),
+        segments=segments.astype(np.int32),
+        positions=(steps - first).astype(np.int32),
+    )
+
+
+def one_step(experiment: Experiment, mesh: jax.sharding.Mesh) -> tuple[Any, dict[str, float]]:
+    """Gradient and metrics of a step from the start, on the host."""
+    with jax.set_mesh(mesh):
+        program = make_program(experiment, mesh)
+        state, metrics = program.step(start(program), packed_batch(experiment.model.vocab_size))
+        gradient = jax.tree.map(np.asarray, optax.tree.get(state.optimizer_state, "trace"))
+        metrics["evaluated"] = program.evaluate(state.weights, packed_batch(experiment.model.vocab_size))["nll_sum"]
+    return gradient, {name: value.item() for name, value in metrics.items()}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_every_mesh_gives_the_loss_and_the_gradient_of_one_device(case, one_device):
+    experiment = changed(CASES[case])
+    alone = dataclasses.replace(experiment, mesh=MeshConfig())
+    wanted, wanted_metrics = one_step(alone, one_device)
+    devices = jax.devices()[: math.prod(sizes(experiment).values())]
+    found, metrics = one_step(experiment, make_mesh(experiment.mesh, devices))
+    for (path, x), y in zip(jax.tree_util.tree_leaves_with_path(found), jax.tree.leaves(wanted), strict=True):
+        norm = np.linalg.norm(y.astype(np.float64))
+        assert np.linalg.norm(x.astype(np.float64) - y) <= 1e-5 * norm, jax.tree_util.keystr(path)
+    assert metrics == pytest.approx(wanted_metrics, rel=1e-5)
+
+
+# That the work is really divided
+
+
+def compiled(experiment: Experiment) -> tuple[Program, Counts]:
+    """The program and what its compiled step does on one device."""
+    mesh = make_mesh(experiment.mesh, jax.devices()[: math.prod(sizes(experiment).values())])
+    batch = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype), packed_batch(experiment.model.vocab_size))
+    with jax.set_mesh(mesh):
+        program = make_program(experiment, mesh)
+        text = program.step.lower(program.abstract_state, batch).compile().as_text()
+    return program, count(hlo.parse(text), dict(mesh.shape))
+
+
+def sizes(experiment: Experiment) -> dict[str, int]:
+    return {axis: getattr(experiment.mesh, axis) for axis in MESH_AXES}
+
+
+SHARDED = {"fsdp8", "tensor4", "expert8", "stage4", "fsdp4-tensor2", "stage2-tensor2-data2", "zero1", "zero2"}
+
+
+@pytest.mark.parametrize("case", sorted(SHARDED))
+def test_no_part_of_the_state_is_quietly_copied(case):
+    """Every weight matrix, and both its moments, take their share of a device's memory and no more."""
+    model = {"kv_heads": 4}  # fewer than the devices along tensor would be copied
+    experiment = changed(CASES[case] | {"optimizer": {"name": "adamw", "ema_decay": 0.9}, "model": model})
+    mesh = make_mesh(experiment.mesh, jax.devices()[: math.prod(sizes(experiment).values())])
+    with jax.set_mesh(mesh):
+        state = make_program(experiment, mesh).abstract_state
+    found = {
+        name: shares(tree) for name, tree in state._asdict().items() if name in ("weights", "optimizer_state", "ema")
+    }
+    data, fsdp, expert = experiment.mesh.data, experiment.mesh.fsdp, experiment.mesh.expert
+    in_parts = mesh.size // data
+    for name, shared in found.items():
+        whole = fsdp * expert if name == "weights" and experiment.mesh.zero < 3 else 1
+        for path, share in shared.items():
+            if "kernel" in path:
+                assert share == in_parts // whole, (name, path)
+            if path.endswith("['embedding']['embedding']"):
+                assert share == in_parts // whole, (name, path)
+    assert found["weights"].keys() == found["ema"].keys()
+
+
+def shares(tree: Any) -> dict[str, int]:
+    """Into how many different parts each leaf is cut."""
+    return {
+        jax.tree_util.keystr(path): math.prod(leaf.shape) // math.prod(leaf.sharding.shard_shape(leaf.shape))
+        for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
+    }
+
+
+TALK = {  # case: (kind, axis) pairs that must be there, and the axes along which there may be any
+    "data8": ({("all-reduce", "data")}, {"data"}),
+    "fsdp8": ({("all-gather", "fsdp"), ("all-to-all", "fsdp")}, {"fsdp"}),
+    "tensor4": ({("all-gather", "tensor")}, {"tensor"}),
+    "sequence8": ({("collective-permute", "sequence"), ("all-gather", "sequence")}, {"sequence"}),
+    "stage4": ({("collective-permute", "stage")}, {"stage"}),
+    "ulysses-chunked": ({("all-to-all", "sequence")}, {"data", "tensor", "sequence"}),
+}
+
+
+@pytest.mark.parametrize("case", TALK)
+def test_devices_talk_along_the_axes_that_they_should(case):
+    needed, allowed = TALK[case]
+    model = CASES[case].get("model", {}) | {"kv_heads": 4 if case == "tensor4" else 0}
+    _, counts = compiled(changed(CASES[case] | {"model": model}))
+    found = {(c.kind, c.axis) for c in counts.collectives if c.group > 1}
+    assert needed <= found
+    assert {axis for _, joined in found for axis in joined.split("+")} <= allowed
+
+
+@pytest.mark.parametrize(("repeats", "microbatches"), [(1, 2), (2, 2), (1, 8), (2, 4)])
+def test_a_pipeline_ticks_as_often_as_its_formula_says(repeats, microbatches):
+    """The products of all ticks, bubble included, over those that are needed: 1 / (1 - bubble)."""
+    model = {"pipeline_repeats": repeats, "pipeline_microbatches": microbatches, "remat": "none"}
+    _, piped = compiled(changed({"mesh": {"stage": 2}, "model": model}))
+    _, more = compiled(changed({"mesh": {"stage": 2}, "model": {**model, "layers": 8}}))
+    _, alone = compiled(changed({"mesh": {}, "model": {"layers": 4}}))
+    _, alone_more = compiled(changed({"mesh": {}, "model": {"layers": 8}}))
+    # The difference of two depths is that of the layers alone; two stages share it.
+    needed = (alone_more.matmul_flops - alone.matmul_flops) / 2
+    bubble = 1 - needed / (more.matmul_flops - piped.matmul_flops)
+    assert bubble == pytest.approx(bubble_fraction(2, repeats, microbatches), abs=1e-3)
+
+
+def test_every_remat_policy_gives_the_same_gradient_and_none_forgets_the_pipeline(one_device):
+    wanted, _ = one_step(changed({"model": {"remat": "none"}}), one_device)
+    for remat in ("full", "attention", "projections", "all_but_mlp", "dots", "dots_no_batch"):
+        for mesh in ({}, {"stage": 2}):
+            experiment = changed({"model": {"remat": remat}, "mesh": mesh})
+            found, _ = one_step(experiment, make_mesh(experiment.mesh, jax.devices()[: mesh.get("stage", 1)]))
+            for x, y in zip(jax.tree.leaves(found), jax.tree.leaves(wanted), strict=True):
+                np.testing.assert_allclose(x, y, rtol=0, atol=1e-5 * np.abs(y).max(), err_msg=f"{remat} {mesh}")
