@@ -13,6 +13,7 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.11",
     packages=find_packages(include=["configs", "model*", "serve*", "tpu*", "train*"]),
+    package_data={"tpu": ["prices.json"]},
     install_requires=[
         "jax>=0.10",
         "flax>=0.12",
@@ -32,12 +33,12 @@ setup(
     extras_require={
         "data": ["ftfy", "py3langid", "sentencepiece", "pyarrow"],
         "serve": ["starlette", "uvicorn", "llguidance"],
-        "tune": ["optuna"],
+        "tune": ["optuna>=4"],
         "eval": ["lm-eval"],
         "plot": ["matplotlib"],
         "cuda": ["jax[cuda13]"],
         "tpu": ["jax[tpu]"],
-        "test": ["pytest", "pytest-xdist", "hypothesis", "ruff", "sentencepiece", "pyarrow"],
+        "test": ["pytest", "pytest-xdist", "hypothesis", "ruff", "sentencepiece", "pyarrow", "optuna>=4", "matplotlib"],
         "peers": ["torch", "transformers", "peft"],
     },
 )
