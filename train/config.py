@@ -58,6 +58,9 @@ class OptimizerConfig:
     accumulation: int = 1  # micro-batches per step
     ema_decay: float = 0.0  # 0: no moving average of the weights
     offload: bool = False  # keep the optimizer's state in the hosts' memory (TPU, GPU)
+    local_steps: int = 0  # steps that each copy of the weights along mesh.data takes by itself (DiLoCo); 0: synchronous
+    outer_learning_rate: float = 0.7  # with local_steps: of SGD with Nesterov's momentum, on the copies' mean change
+    outer_momentum: float = 0.9
 
 
 @dataclasses.dataclass
@@ -163,7 +166,7 @@ def _check(experiment: Experiment) -> None:
         0,
         {
             f"optimizer.{f}": getattr(optimizer, f)
-            for f in ("warmup_steps", "weight_decay", "clip_norm", "learning_rate")
+            for f in ("warmup_steps", "weight_decay", "clip_norm", "learning_rate", "local_steps")
         },
     )
     _at_least(0, {"loss.z_loss": experiment.loss.z_loss})
@@ -176,6 +179,7 @@ def _check(experiment: Experiment) -> None:
         ("optimizer.ema_decay", optimizer.ema_decay),
         ("optimizer.beta1", optimizer.beta1),
         ("optimizer.beta2", optimizer.beta2),
+        ("optimizer.outer_momentum", optimizer.outer_momentum),
     ):
         if not 0.0 <= value < 1.0:
             raise UserError(f"{field}={value}: must be at least 0 and below 1")
@@ -208,12 +212,28 @@ def _check(experiment: Experiment) -> None:
         raise UserError(
             f"optimizer.accumulation={optimizer.accumulation}: does not divide data.batch_size={data.batch_size}"
         )
+    _check_local_steps(optimizer, run)
     if optimizer.schedule != "constant" and optimizer.warmup_steps >= run.steps:
         raise UserError(f"optimizer.warmup_steps={optimizer.warmup_steps}: must be below run.steps={run.steps}")
     if optimizer.schedule == "wsd" and optimizer.warmup_steps + optimizer.decay_steps > run.steps:
         raise UserError(
             f"optimizer.decay_steps={optimizer.decay_steps}: with optimizer.warmup_steps={optimizer.warmup_steps} "
             f"exceeds run.steps={run.steps}"
+        )
+
+
+def _check_local_steps(optimizer: OptimizerConfig, run: RunConfig) -> None:
+    if optimizer.outer_learning_rate <= 0:
+        raise UserError(f"optimizer.outer_learning_rate={optimizer.outer_learning_rate}: must be positive")
+    if not optimizer.local_steps:
+        return
+    for field in ("ema_decay", "offload"):
+        if value := getattr(optimizer, field):
+            raise UserError(f"optimizer.{field}={value}: not with optimizer.local_steps={optimizer.local_steps}")
+    if run.steps % optimizer.local_steps:
+        raise UserError(
+            f"run.steps={run.steps}: not a multiple of optimizer.local_steps={optimizer.local_steps}; the steps after "
+            "the last exchange would be lost"
         )
 
 
@@ -224,6 +244,11 @@ def _check_mesh(experiment: Experiment) -> None:
     if along % mesh.slices:
         raise UserError(
             f"mesh.{mesh.slice_axis}={along}: not a multiple of mesh.slices={mesh.slices}, which lie along it"
+        )
+    if experiment.optimizer.local_steps and mesh.data == 1:
+        raise UserError(
+            f"optimizer.local_steps={experiment.optimizer.local_steps}: needs several copies of the weights, and "
+            "mesh.data=1; give mesh.data above 1, or optimizer.local_steps=0"
         )
     accumulation = experiment.optimizer.accumulation
     microbatches = model.pipeline_microbatches or mesh.stage

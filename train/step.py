@@ -25,6 +25,7 @@ from model.transformer import Transformer, Weights
 from tpu import rules
 from train.config import Experiment
 from train.data.batch import Batch
+from train.local_sgd import localize
 from train.loss import cross_entropy
 from train.optimizer import ema_update, optimizer
 from train.schedule import schedule
@@ -67,7 +68,9 @@ def loss_sums(
     if devices > 1 and experiment.model.context_parallel == "ring":
         # Everything but the ring goes by segments and positions, not by the place in the row.
         order = zigzag(batch.tokens.shape[1], devices)
-        batch = jax.tree.map(lambda a: rules.constrain(a[:, order], "batch", "sequence"), batch)
+        # Rows are whole where they are put in order: inside a `shard_map` XLA cannot gather from such as are cut.
+        whole = jax.tree.map(lambda a: rules.constrain(a, "batch", "positions"), batch)
+        batch = jax.tree.map(lambda a: rules.constrain(a[:, order], "batch", "sequence"), whole)
     hidden, _ = model(batch.tokens, Place(batch.segments, batch.positions), key=keys)
     head_graph, head_weights = nnx.split(model.head)
     head_axes = {"embedding": axes["embedding"]} if experiment.model.tied_head else axes["head"]
@@ -116,7 +119,8 @@ def make_program(experiment: Experiment, mesh: Mesh) -> Program:
 
         # Every A-th row, not every run of B / A rows: each device then keeps the rows it has.
         split = jax.tree.map(lambda a: a.reshape(-1, micro_batches, *a.shape[1:]).swapaxes(0, 1), (batch, keys))
-        zeros = jax.tree.map(lambda w, s: jnp.zeros(w.shape, jnp.float32, device=s), weights, gradient_layout)
+        zeros = jax.tree.map(lambda w: jnp.zeros(w.shape, jnp.float32), weights)
+        zeros = jax.lax.with_sharding_constraint(zeros, gradient_layout)
         return jax.lax.scan(add, ((jnp.zeros(()), jnp.zeros(())), zeros), split)[0]
 
     def rounded(path: tuple, weight: jax.Array) -> jax.Array:
@@ -172,9 +176,11 @@ def make_program(experiment: Experiment, mesh: Mesh) -> Program:
         return {"nll_sum": nll, "loss_tokens": batch.loss_weights.sum()}
 
     abstract_state = _laid_out(jax.eval_shape(lambda: init(jax.random.key(0))), axes, mesh, experiment)
-    shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract_state)
     in_parts = rules.tree_shardings(mesh, axes, abstract_state.weights)
-    gradient_layout = shardings.weights if experiment.mesh.zero == 1 else in_parts
+    if experiment.optimizer.local_steps:
+        init, step, abstract_state = localize(init, step, abstract_state, in_parts, experiment.optimizer)
+    shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract_state)
+    gradient_layout = jax.tree.map(lambda s: s.spec, shardings.weights if experiment.mesh.zero == 1 else in_parts)
     rows, everywhere = rules.sharding(mesh, ("batch", "sequence")), NamedSharding(mesh, PartitionSpec())
     return Program(
         init=jax.jit(init, out_shardings=shardings),
