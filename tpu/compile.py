@@ -125,14 +125,14 @@ def place(experiment: Experiment, topology: str, slices: int = 1) -> tuple[Exper
     else:
         found = parse_topology(topology)
         platform = "tpu" if found.chip else "cpu"
-        devices = _tpu_devices(found, slices) if found.chip else jax.devices()[: found.devices * slices]
+        devices = tpu_devices(found, slices) if found.chip else jax.devices()[: found.devices * slices]
     experiment = dataclasses.replace(experiment, mesh=dataclasses.replace(experiment.mesh, slices=slices))
     experiment = experiment.on(len(devices))
     model = experiment.model.placed(platform, fast_dtype(platform))
     return dataclasses.replace(experiment, model=model), found, make_mesh(experiment.mesh, devices)
 
 
-def _tpu_devices(topology: Topology, slices: int) -> list[Any]:
+def tpu_devices(topology: Topology, slices: int) -> list[Any]:
     """The devices of TPU slices that need not be there."""
     from jax.experimental.topologies import get_topology_desc
 
