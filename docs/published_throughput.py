@@ -14,8 +14,8 @@ from typing import Any
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
 
-# (embed, heads, kv_heads, mlp, layers, vocabulary); below: name, topology, slices, these, rows per chip, context, remat,
-# mesh, published MFU in %
+# (embed, heads, kv_heads, mlp, layers, vocabulary); below: name, topology, slices, these, rows per chip, context,
+# remat, mesh, published MFU in %
 SIXTEEN = (4096, 64, 64, 28672, 32, 32000)
 THIRTY_TWO = (8192, 64, 64, 28672, 32, 32000)
 SIXTY_FOUR = (8192, 64, 64, 28672, 64, 32000)
