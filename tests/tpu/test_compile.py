@@ -121,7 +121,7 @@ from tpu.mesh import make_mesh
 from train.config import MeshConfig
 
 topology = parse_topology("v5e:2x4")
-mesh = make_mesh(MeshConfig(fsdp=4, tensor=2), tpu_compile._tpu_devices(topology, 1))
+mesh = make_mesh(MeshConfig(fsdp=4, tensor=2), tpu_compile.tpu_devices(topology, 1))
 size, layers, rows = 1024, 6, 512
 
 def loss(w, x):
