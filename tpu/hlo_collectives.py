@@ -58,6 +58,8 @@ class Collectives:
             result = arrays(instruction.type)[0].bytes
         elif kind in _KINDS:
             axis, group = self.along(instruction.line)
+            if group == 1:  # XLA:CPU leaves sums over axes of one device in the program
+                return
             if instruction.opcode.endswith("-start") and kind != "all-reduce":
                 operands = sum(all_bytes(visit.computation.instructions[name].type) for name in instruction.operands)
                 result = sum(a.bytes for a in arrays(instruction.type) if a.shape) - operands
@@ -101,7 +103,7 @@ class Collectives:
         differ = (places != places[:, :1]).any(axis=(0, 1))
         size = math.prod(n for n, along in zip(shape, differ, strict=True) if along)
         pairs = "source_target_pairs" in line
-        axis = "+".join(name for name, along in zip(self.names, differ, strict=True) if along) or "none"
+        axis = "+".join(name for name, along in zip(self.names, differ, strict=True) if along)
         if pairs or size == groups.shape[1]:
             return axis, size
         return f"{axis} in part", groups.shape[1]
