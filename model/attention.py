@@ -55,7 +55,8 @@ def attend(
     """Scaled dot-product attention (arXiv:1706.03762, equation 1) with grouped keys and values.
 
     Args:
-      q: [B, H, T, K]. k, v: [B, G, S, K], with G dividing H. Any float dtype; the softmax is in float32.
+      q: [B, H, T, K], already scaled by 1 / sqrt(K), which costs less where it is made. k, v: [B, G, S, K], with G
+        dividing H. Any float dtype; the softmax is in float32.
       queries, keys: places of the T queries and the S keys.
       kind: "plain", "chunked", "splash" (TPU) or "cudnn" (GPU). All but plain need queries and keys to be the same
         rows and have no dropout; where that does not hold the plain form is taken.
@@ -132,7 +133,6 @@ def plain_attention(
         scores = jnp.einsum("bgsk,bgrtk->bgsrt", k, q, preferred_element_type=jnp.float32).transpose(0, 1, 3, 4, 2)
     else:
         scores = jnp.einsum("bgrtk,bgsk->bgrts", q, k, preferred_element_type=jnp.float32)
-    scores = scores * width**-0.5
     if softcap:
         scores = softcap * jnp.tanh(scores / softcap)
     scores = jnp.where(mask[:, None, None], scores, jnp.finfo(jnp.float32).min)

@@ -50,13 +50,17 @@ class SelfAttention(nnx.Module):
           cached: (keys, values) [B, G, S, K], or None.
           key: [B] keys for dropout, or None.
         """
-        projections = together(x, self.query, self.key, self.value)  # [B, T, H, K], [B, T, G, K] twice
-        q, k, v = (checkpoint_name(a, name) for a, name in zip(projections, ("query", "key", "value"), strict=True))
+        q, k, v = together(x, self.query, self.key, self.value)  # [B, T, H, K], [B, T, G, K] twice
         if self.query_norm is not None:
+            q, k, v = named(q, k, v)  # The gradient of a norm needs what it was given.
             q, k = self.query_norm(q), self.key_norm(k)
+        scale = q.shape[-1] ** -0.5
         if rotation is not None:
             q, k = rotate(q, rotation), rotate(k, rotation)
+        q = q * scale
         q, k, v = (constrain(a.swapaxes(1, 2), "batch", "activation_heads", "sequence", "head_dim") for a in (q, k, v))
+        if self.query_norm is None:
+            q, k, v = named(q, k, v)
         keys = place
         if cached is not None:
             cached = k, v = kv_cache.write(cached, k, v, place.positions)
@@ -75,6 +79,11 @@ class SelfAttention(nnx.Module):
             context_parallel=self.context_parallel,
         )
         return checkpoint_name(self.out(out.swapaxes(1, 2)), "out"), cached
+
+
+def named(q: jax.Array, k: jax.Array, v: jax.Array) -> tuple[jax.Array, ...]:
+    """The same, under the names by which a rematerialisation policy saves them (`model.stack.REMAT`)."""
+    return tuple(checkpoint_name(a, name) for a, name in ((q, "query"), (k, "key"), (v, "value")))
 
 
 class Block(nnx.Module):

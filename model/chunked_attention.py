@@ -81,12 +81,11 @@ def _backward(window, softcap, saved, g):
 
 def _scores(q, k, segments, positions, window, softcap, first, start, end):
     """Masked scores [B, G, R, C, S] float32 of one block, and their slope with respect to q k^T."""
-    scale = q.shape[-1] ** -0.5
-    scores = _einsum("bgrck,bgsk->bgrcs", q[..., start:end, :], k[:, :, first:end]) * scale
-    slope = scale
+    scores = _einsum("bgrck,bgsk->bgrcs", q[..., start:end, :], k[:, :, first:end])
+    slope = 1.0
     if softcap:
         capped = jnp.tanh(scores / softcap)
-        scores, slope = softcap * capped, scale * (1 - capped * capped)
+        scores, slope = softcap * capped, 1 - capped * capped
     distance = positions[:, start:end, None] - positions[:, None, first:end]
     mask = (segments[:, start:end, None] == segments[:, None, first:end]) & (distance >= 0)
     if window:

@@ -19,7 +19,8 @@ def cudnn_attention(q: jax.Array, k: jax.Array, v: jax.Array, segments: jax.Arra
       q: [B, H, T, K]. k, v: [B, G, T, K]. segments: [B, T] int32, runs in which positions rise by one.
     """
     q, k, v = (a.swapaxes(1, 2) for a in (q, k, v))
-    limits = {"is_causal": True, "local_window_size": (window - 1, 0) if window else None, "implementation": "cudnn"}
+    limits = {"is_causal": True, "scale": 1.0, "local_window_size": (window - 1, 0) if window else None}
+    limits["implementation"] = "cudnn"
 
     def packed() -> jax.Array:
         same = segments[:, None, :, None] == segments[:, None, None, :]

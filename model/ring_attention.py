@@ -272,11 +272,10 @@ def _scores(q, segments, positions, block, query, key, size, window, softcap):
     queries = [_cut(x, 1, query, size) for x in (segments, positions)]
     keys = [_cut(x, 1, key, size) for x in block[2:]]
     q, k, v = _cut(q, 3, query, size), *(_cut(x, 2, key, size) for x in block[:2])
-    scale = q.shape[-1] ** -0.5
-    scores, slope = _einsum("bgrlk,bgsk->bgrls", q, k) * scale, scale
+    scores, slope = _einsum("bgrlk,bgsk->bgrls", q, k), 1.0
     if softcap:
         capped = jnp.tanh(scores / softcap)
-        scores, slope = softcap * capped, scale * (1 - capped * capped)
+        scores, slope = softcap * capped, 1 - capped * capped
     distance = queries[1][:, :, None] - keys[1][:, None, :]
     mask = (queries[0][:, :, None] == keys[0][:, None, :]) & (distance >= 0)
     if window:

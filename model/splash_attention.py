@@ -22,7 +22,7 @@ def splash_attention(
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as kernel
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
 
-    heads, tokens, width = q.shape[1:]
+    heads, tokens = q.shape[1:3]
     size = next(block for block in (512, 384, 256, LANES) if tokens % block == 0)
     shape = (tokens, tokens)
     mask = masks.LocalMask(shape, (window - 1, 0), 0) if window else masks.CausalMask(shape)
@@ -42,6 +42,4 @@ def splash_attention(
         attn_logits_soft_cap=softcap or None,
         residual_checkpoint_name="attention",
     )
-    return jax.vmap(lambda q, k, v, s: attention(q, k, v, kernel.SegmentIds(s, s)))(
-        (q * width**-0.5).astype(q.dtype), k, v, segments
-    )
+    return jax.vmap(lambda q, k, v, s: attention(q, k, v, kernel.SegmentIds(s, s)))(q, k, v, segments)

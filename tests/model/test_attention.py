@@ -31,6 +31,7 @@ def inputs(heads: int, kv_heads: int, tokens: int, documents: int, dtype: str = 
     """q [B, H, T, K], k and v [B, G, T, K], and a place where the second row ends in padding."""
     rng = np.random.default_rng(tokens)
     q, k, v = (rng.normal(size=(2, n, tokens, 8)).astype(np.float32) for n in (heads, kv_heads, kv_heads))
+    q *= 8**-0.5
     starts = np.zeros((2, tokens), bool)
     starts[:, 0] = True
     for row in starts:

@@ -70,7 +70,7 @@ def inputs(heads: int, kv_heads: int, tokens: int, documents: int) -> tuple[Any,
     starts[:, 0] = True
     for row in starts:
         row[rng.choice(tokens, documents - 1, replace=False)] = True
-    return q, k, v, *place(starts), weights
+    return q * 8**-0.5, k, v, *place(starts), weights
 
 
 def with_gradients(attention: Callable[..., jax.Array]) -> Callable[..., tuple[jax.Array, ...]]:
