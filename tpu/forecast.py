@@ -4,7 +4,8 @@ Bytes and operations follow from shapes; seconds from the chip's public figures 
 
 - PRODUCTS of the peak is what libtpu's own estimates give matrix products, norms and activations around them together
   (0.74 to 0.78 over the compiled rows of docs/pods.md);
-- EXPOSED of the network's time is taken not to hide behind products.
+- EXPOSED of the network's time is taken not to hide behind products;
+- RING_UTILISATION of the peak is what libtpu's estimates give ring attention, which is no kernel.
 
 The compiler has the last word (`tpu.plan` asks it about the best few). Counted per device, in bfloat16 with float32
 state. Legend: D embed_dim, H heads, G kv_heads, K head_dim, M mlp_dim, V vocab_size, L layers, S stages, R repeats.
@@ -20,11 +21,13 @@ from model.config import ModelConfig
 from tpu.chips import Topology
 from tpu.hlo_collectives import Collective
 from tpu.pipeline import bubble_fraction
-from tpu.roofline import KERNEL_UTILISATION, collective_seconds
+from tpu.roofline import KERNEL_UTILISATION, collective_seconds, rings
+from tpu.rules import ZERO_AXES
 from train.config import Experiment
 
 PRODUCTS = 0.77
 EXPOSED = 0.5
+RING_UTILISATION = 0.07
 LOGITS_BYTES = 1.5 * 2**29  # a chunk of logits and its gradient (train.loss)
 
 
@@ -75,9 +78,15 @@ def forecast(experiment: Experiment, topology: Topology, mesh: Any) -> Forecast:
     kernels = groups.tokens * model.layers / sizes.stage * 2 * model.heads * model.head_dim / sizes.tensor * keys
     kernels *= (7 + (0 if model.remat in ("none", "attention", "projections") else 2)) / (1 - bubble)
     peak = chip.peak_flops / chip.devices
-    compute = products / (peak * PRODUCTS) + kernels / (peak * KERNEL_UTILISATION)
+    ring = sizes.sequence > 1 and model.context_parallel == "ring"
+    compute = products / (peak * PRODUCTS) + kernels / (peak * (RING_UTILISATION if ring else KERNEL_UTILISATION))
 
-    collectives = _collectives(experiment, groups, own, tables)
+    # Along three dimensions of the torus the TPU compiler does not gather: it sums what lies between zeros. Along the
+    # whole of a slice it does not scatter either: it sums everything and keeps a part.
+    shards = "+".join(axis for axis in ZERO_AXES if getattr(sizes, axis) > 1)
+    gather = "all-reduce" if shards and len(rings(shards, topology, mesh)) == 3 else "all-gather"
+    scatter = "all-reduce" if groups.shards == topology.devices else "reduce-scatter"
+    collectives = _collectives(experiment, groups, own, tables, gather, scatter)
     network: dict[str, float] = {}
     for row in collectives:
         network[row.axis] = network.get(row.axis, 0.0) + collective_seconds(row, topology, mesh)
@@ -158,8 +167,13 @@ def _memory(experiment: Experiment, groups: _Sizes, layer: int, own: float, tabl
     return int(arguments), int(gradients + rounded + kept + max(working + gathered, head) + stages)
 
 
-def _collectives(experiment: Experiment, groups: _Sizes, own: float, tables: int) -> list[Collective]:
-    """What a device gathers, sums and passes on in a step; bytes as `tpu.hlo_collectives` counts them."""
+def _collectives(
+    experiment: Experiment, groups: _Sizes, own: float, tables: int, gather: str, scatter: str
+) -> list[Collective]:
+    """What a device gathers, sums and passes on in a step; bytes as `tpu.hlo_collectives` counts them.
+
+    `gather` and `scatter` are the kinds of collective that do this for the shards of ZeRO.
+    """
     model, sizes = experiment.model, experiment.mesh
     rows: list[Collective] = []
 
@@ -169,17 +183,13 @@ def _collectives(experiment: Experiment, groups: _Sizes, own: float, tables: int
             size = math.prod(getattr(sizes, axis) for axis in axes)
             rows.append(Collective(kind, "+".join(axes), size, network, 1, int(count), int(bytes_)))
 
-    zero = ("fsdp", "expert", "sequence")
     passes = groups.accumulation * groups.ticks / groups.repeats
     if sizes.zero == 3:
-        add("all-gather", zero, 2 * 2 * own * passes + 2 * tables, 2 * model.layers * passes)
-        # Along one axis only the TPU compiler sums everything and keeps a part; along several it scatters.
-        along = [axis for axis in zero if getattr(sizes, axis) > 1]
-        kind = "all-reduce" if len(along) == 1 and sizes.tensor == 1 and sizes.stage == 1 else "reduce-scatter"
-        add(kind, zero, 2 * own * passes + 2 * tables, model.layers * passes)
+        add(gather, ZERO_AXES, 2 * 2 * own * passes + 2 * tables, 2 * model.layers * passes)
+        add(scatter, ZERO_AXES, 2 * own * passes + 2 * tables, model.layers * passes)
     else:
-        add("all-reduce" if sizes.zero == 1 else "reduce-scatter", zero, 2 * own + 2 * tables, model.layers)
-        add("all-gather", zero, 4 * own + 4 * tables, model.layers)
+        add("all-reduce" if sizes.zero == 1 else "reduce-scatter", ZERO_AXES, 2 * own + 2 * tables, model.layers)
+        add("all-gather", ZERO_AXES, 4 * own + 4 * tables, model.layers)
     parts = groups.shards if sizes.zero > 1 else 1
     inner = sizes.data // sizes.slices if sizes.slice_axis == "data" else sizes.data
     if inner > 1:

@@ -113,7 +113,7 @@ def _candidates(experiment: Experiment, devices: int) -> Iterator[dict[str, Any]
             mesh = {"data": rest // fsdp, "fsdp": fsdp, "tensor": tensor, "sequence": sequence, "stage": stage}
             mesh = {f"mesh.{axis}": size for axis, size in mesh.items()} | {"mesh.expert": 1}
             for zero, remat, parts in itertools.product(
-                (3, 1) if fsdp > 1 else (3,), REMAT, (accumulation, 2 * accumulation, 4 * accumulation)
+                (3, 1) if fsdp > 1 else (3,), REMAT, [n * accumulation for n in (1, 2, 4, 8)]
             ):
                 layout = mesh | {"mesh.zero": zero, "model.remat": remat, "optimizer.accumulation": parts}
                 if stage == 1:
@@ -245,6 +245,12 @@ def main() -> int:
             + (f"{larger} is the smallest that would do" if larger else "no larger slice of this chip would do")
         )
     print(f"{len(everything):,} layouts, {len(fitting):,} of which fit by arithmetic")
+    if everything[0].forecast.step < fitting[0].forecast.step:
+        first = everything[0]
+        print(
+            f"the fastest by arithmetic, {first.forecast.step:.2f} s a step, does not fit: {_short(first.flags)} needs "
+            f"{first.bytes / 2**30:.1f} GiB a chip"
+        )
     rows = _ranked(fitting, topology, slices)
     _print(rows[: options.show], experiment)
     if options.json:

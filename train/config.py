@@ -2,6 +2,7 @@
 
 # No postponed annotations here: ml_collections reads the fields' types as they stand.
 import dataclasses
+import functools
 import math
 import typing
 from typing import Any
@@ -250,6 +251,11 @@ def _check_mesh(experiment: Experiment) -> None:
             f"optimizer.local_steps={experiment.optimizer.local_steps}: needs several copies of the weights, and "
             "mesh.data=1; give mesh.data above 1, or optimizer.local_steps=0"
         )
+    if mesh.stage > 1 and model.platform == "cpu" and model.compute_dtype == "bfloat16":
+        raise UserError(
+            f"model.compute_dtype=bfloat16: XLA cannot compile it for CPUs with mesh.stage={mesh.stage}; give "
+            "model.compute_dtype=float32"
+        )
     accumulation = experiment.optimizer.accumulation
     microbatches = model.pipeline_microbatches or mesh.stage
     pipeline = microbatches if mesh.stage > 1 else 1
@@ -308,9 +314,12 @@ def _one_of(field: str, value: Any, valid: tuple[Any, ...]) -> None:
         raise UserError(f"{field}={value!r}: valid: {', '.join(map(str, valid))}")
 
 
+_hints = functools.cache(typing.get_type_hints)  # A planner checks ten thousands of experiments.
+
+
 def check_types(tree: Any, prefix: str = "") -> None:
     """Raises UserError for the first field of a dataclass tree whose value is not of its declared type."""
-    hints = typing.get_type_hints(type(tree))
+    hints = _hints(type(tree))
     for field in dataclasses.fields(tree):
         value, hint, name = getattr(tree, field.name), hints[field.name], prefix + field.name
         if dataclasses.is_dataclass(hint):
@@ -349,7 +358,7 @@ def to_dict(tree: Any) -> dict[str, Any]:
 
 def from_dict(cls: type, tree: dict[str, Any], prefix: str = "") -> Any:
     """Builds the dataclass `cls` from what `to_dict` gave. Raises UserError for a field that `cls` does not have."""
-    hints = typing.get_type_hints(cls)
+    hints = _hints(cls)
     unknown = sorted(set(tree) - set(hints))
     if unknown:
         raise UserError(f"{prefix}{unknown[0]}: no such field; valid: {', '.join(hints)}")
