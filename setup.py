@@ -38,7 +38,17 @@ setup(
         "plot": ["matplotlib"],
         "cuda": ["jax[cuda13]"],
         "tpu": ["jax[tpu]"],
-        "test": ["pytest", "pytest-xdist", "hypothesis", "ruff", "sentencepiece", "pyarrow", "optuna>=4", "matplotlib"],
+        "test": [
+            "pytest",
+            "pytest-xdist",
+            "hypothesis",
+            "ruff",
+            "sentencepiece",
+            "pyarrow",
+            "optuna>=4",
+            "matplotlib",
+            "jax[tpu]; sys_platform == 'linux' and platform_machine == 'x86_64'",  # the compiler; needs no TPU
+        ],
         "peers": ["torch", "transformers", "peft"],
     },
 )

@@ -21,7 +21,7 @@ from model.config import ModelConfig
 from tpu.chips import Topology
 from tpu.hlo_collectives import Collective
 from tpu.pipeline import bubble_fraction
-from tpu.roofline import KERNEL_UTILISATION, collective_seconds, rings
+from tpu.roofline import KERNEL_UTILISATION, collective_seconds
 from tpu.rules import ZERO_AXES
 from train.config import Experiment
 
@@ -81,11 +81,10 @@ def forecast(experiment: Experiment, topology: Topology, mesh: Any) -> Forecast:
     ring = sizes.sequence > 1 and model.context_parallel == "ring"
     compute = products / (peak * PRODUCTS) + kernels / (peak * (RING_UTILISATION if ring else KERNEL_UTILISATION))
 
-    # Along three dimensions of the torus the TPU compiler does not gather: it sums what lies between zeros. Along the
-    # whole of a slice it does not scatter either: it sums everything and keeps a part.
-    shards = "+".join(axis for axis in ZERO_AXES if getattr(sizes, axis) > 1)
-    gather = "all-reduce" if shards and len(rings(shards, topology, mesh)) == 3 else "all-gather"
+    # Along the whole of a slice the TPU compiler does not scatter: it sums everything and keeps a part. If that slice
+    # has three dimensions it does not gather either: it sums what lies between zeros.
     scatter = "all-reduce" if groups.shards == topology.devices else "reduce-scatter"
+    gather = "all-reduce" if groups.shards == topology.devices and chip.torus == 3 else "all-gather"
     collectives = _collectives(experiment, groups, own, tables, gather, scatter)
     network: dict[str, float] = {}
     for row in collectives:

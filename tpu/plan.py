@@ -112,8 +112,9 @@ def _candidates(experiment: Experiment, devices: int) -> Iterator[dict[str, Any]
         for fsdp in _divisors(rest):
             mesh = {"data": rest // fsdp, "fsdp": fsdp, "tensor": tensor, "sequence": sequence, "stage": stage}
             mesh = {f"mesh.{axis}": size for axis, size in mesh.items()} | {"mesh.expert": 1}
+            # Under a pipeline every tick would add to the gradient of all weights that ZeRO stage 1 keeps whole.
             for zero, remat, parts in itertools.product(
-                (3, 1) if fsdp > 1 else (3,), REMAT, [n * accumulation for n in (1, 2, 4, 8)]
+                (3, 1) if fsdp > 1 and stage == 1 else (3,), REMAT, [n * accumulation for n in (1, 2, 4, 8)]
             ):
                 layout = mesh | {"mesh.zero": zero, "model.remat": remat, "optimizer.accumulation": parts}
                 if stage == 1:
