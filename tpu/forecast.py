@@ -89,7 +89,7 @@ def forecast(experiment: Experiment, topology: Topology, mesh: Any) -> Forecast:
     network: dict[str, float] = {}
     for row in collectives:
         network[row.axis] = network.get(row.axis, 0.0) + collective_seconds(row, topology, mesh)
-    arguments, temporary = _memory(experiment, groups, layer, own, table, tables)
+    arguments, temporary = _memory(experiment, groups, layer, own, table, tables, gather)
     return Forecast(arguments, temporary, int(products), compute, network, collectives)
 
 
@@ -144,7 +144,9 @@ class _Sizes:
         self.at_once = self.tokens / self.accumulation / self.microbatches  # tokens in a layer at one time
 
 
-def _memory(experiment: Experiment, groups: _Sizes, layer: int, own: float, table: int, tables: int) -> tuple[int, int]:
+def _memory(
+    experiment: Experiment, groups: _Sizes, layer: int, own: float, table: int, tables: int, gather: str
+) -> tuple[int, int]:
     model, sizes = experiment.model, experiment.mesh
     shards = groups.shards
     states = {"adamw": 2, "muon": 2, "adafactor": 0.01}.get(experiment.optimizer.name, 1)
@@ -160,7 +162,8 @@ def _memory(experiment: Experiment, groups: _Sizes, layer: int, own: float, tabl
     kept = groups.at_once * layers * saved_per_token(model, sizes.tensor) * groups.ticks / groups.repeats
     mlp = model.mlp_dim * (3 if model.activation in ("swiglu", "geglu") else 2)
     working = 2 * groups.at_once * (4 * model.embed_dim + (mlp + 4 * model.heads * model.head_dim) / sizes.tensor)
-    gathered = 2 * 3 * layer / sizes.tensor if shards > 1 and sizes.zero == 3 else 0
+    copies = 3 if gather == "all-reduce" else 2  # of a layer's gathered weights; zeros take as much again
+    gathered = 2 * copies * layer / sizes.tensor if shards > 1 and sizes.zero == 3 else 0
     stages = 6 * 2 * groups.tokens / groups.accumulation * model.embed_dim / sizes.tensor if sizes.stage > 1 else 0
     head = 6 * table + LOGITS_BYTES
     return int(arguments), int(gradients + rounded + kept + max(working + gathered, head) + stages)
