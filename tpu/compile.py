@@ -126,10 +126,10 @@ def place(experiment: Experiment, topology: str, slices: int = 1) -> tuple[Exper
         found = parse_topology(topology)
         platform = "tpu" if found.chip else "cpu"
         devices = tpu_devices(found, slices) if found.chip else jax.devices()[: found.devices * slices]
-    experiment = dataclasses.replace(experiment, mesh=dataclasses.replace(experiment.mesh, slices=slices))
-    experiment = experiment.on(len(devices))
     model = experiment.model.placed(platform, fast_dtype(platform))
-    return dataclasses.replace(experiment, model=model), found, make_mesh(experiment.mesh, devices)
+    mesh = dataclasses.replace(experiment.mesh, slices=slices)
+    experiment = dataclasses.replace(experiment, model=model, mesh=mesh).on(len(devices))
+    return experiment, found, make_mesh(experiment.mesh, devices)
 
 
 def tpu_devices(topology: Topology, slices: int) -> list[Any]:
@@ -167,10 +167,12 @@ def compile_and_read(lowered: Lowered, topology: Topology) -> Compiled:
         seconds = time.perf_counter() - start
         memory = compiled.memory_analysis()
         text = _dumped(folder) if on_tpu else compiled.as_text()
+    host = memory.host_argument_size_in_bytes + memory.host_output_size_in_bytes - memory.host_alias_size_in_bytes
     arguments, temporary = memory.argument_size_in_bytes, memory.temp_size_in_bytes
     together = arguments + temporary + memory.output_size_in_bytes - memory.alias_size_in_bytes
-    # XLA:CPU gives a peak without the temporaries.
-    return Compiled(text, seconds, True, temporary, memory.peak_memory_in_bytes if on_tpu else together)
+    # XLA:CPU gives a peak without the temporaries, libtpu one with what lies with the host.
+    peak = memory.peak_memory_in_bytes - host if on_tpu else together
+    return Compiled(text, seconds, True, temporary, peak, host + memory.host_temp_size_in_bytes)
 
 
 def _dumped(folder: str) -> str:

@@ -136,9 +136,13 @@ class Module:
     partitions: int
     unknown_loops: int = 0  # met by `walk`, and counted as running once
 
-    def walk(self) -> Iterator[Visit]:
-        """Every instruction that runs. All branches of a conditional count, as does one run of an unknown loop."""
+    def walk(self, branch: Callable[..., list[Visit]] = max) -> Iterator[Visit]:
+        """Every instruction that runs; a loop of unknown length runs once.
+
+        Of a conditional one branch runs: with `branch=max` the one that makes the most bytes, with `min` the fewest.
+        """
         self.unknown_loops = self._scopes = 0
+        self._branch = branch
         yield from self._walk(self.computations[self.entry], 1, _nothing, None)
 
     def _walk(
@@ -160,8 +164,8 @@ class Module:
             elif instruction.opcode == "fusion":
                 yield from self._walk(called[0], times, _nothing, fusion or instruction, scope)
             elif instruction.opcode == "conditional":
-                for branch in called:
-                    yield from self._walk(branch, times, _nothing, fusion, scope)
+                branches = [list(self._walk(each, times, _nothing, fusion, scope)) for each in called]
+                yield from self._branch(branches, key=_bytes_made)
             elif called:
                 yield from self._walk(called[0], times, self._passed(instruction, computation, known), fusion, scope)
 
@@ -237,6 +241,12 @@ class Module:
             found = body.instructions[found.operands[0]]
         of_state = found.opcode == "get-tuple-element" and body.instructions[found.operands[0]].opcode == "parameter"
         return of_state and int(found.attribute("index")) == index
+
+
+def _bytes_made(visits: list[Visit]) -> int:
+    """The bytes of all results, but for those of instructions that only name others'."""
+    naming = ("parameter", "tuple", "get-tuple-element", "bitcast", "constant")
+    return sum(v.times * all_bytes(v.instruction.type) for v in visits if v.instruction.opcode not in naming)
 
 
 def _nothing(number: int, index: int | None) -> None:

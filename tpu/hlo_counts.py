@@ -16,6 +16,7 @@ import functools
 import math
 import re
 from collections import defaultdict
+from collections.abc import Callable
 
 import numpy as np
 
@@ -59,14 +60,17 @@ class Counts:
     unknown_loops: int = 0  # loops whose trip count the text does not fix, taken to run once
 
 
-def count(module: Module, mesh: dict[str, int], slices: int = 1, slice_axis: str = "") -> Counts:
+def count(
+    module: Module, mesh: dict[str, int], slices: int = 1, slice_axis: str = "", branch: Callable = max
+) -> Counts:
     """Counts a program that was partitioned for a mesh, given as its axes' sizes in the order of its dimensions.
 
-    Of several slices, `slice_axis` is the axis along which they lie, outermost there.
+    Of several slices, `slice_axis` is the axis along which they lie, outermost there. `branch` is that of
+    `Module.walk`: which branch of a conditional counts.
     """
     counts, buffers = Counts(), {}
     collectives = Collectives(mesh, slices, slice_axis)
-    for visit in module.walk():
+    for visit in module.walk(branch):
         instruction = visit.instruction
         collectives.add(visit)
         if instruction.opcode in ("dot", "convolution"):

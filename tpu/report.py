@@ -19,11 +19,11 @@ from tpu.chips import Topology, smallest
 from tpu.hlo_counts import Counts, Kernel, count
 from tpu.roofline import collective_seconds, roofline, run_cost
 from train.config import Experiment
-from train.summary import flops_per_token, human_bytes
+from train.summary import flops_per_token, human_bytes, pipeline_bubble
 
 LARGEST = 8  # arguments, and temporary arrays, that a report names
 # Products of size tokens x tokens x head_dim in an attention kernel, by a word of its name; the first that fits counts.
-_PRODUCTS = {"mha_fwd": 2, "mha_dkv": 4, "mha_dq": 3, "fmhaSoftmaxBackward": 5, "fmhaSoftmax": 2}
+_PRODUCTS = {"mha_fwd": 2, "mha_dkv": 4, "mha_dq": 3, "SoftmaxBackward": 5, "Softmax": 2}
 
 
 class Compiled(NamedTuple):
@@ -34,6 +34,7 @@ class Compiled(NamedTuple):
     fits: bool
     temporary: int | None  # bytes on one device beside the arguments; None where the compiler does not say
     peak: int | None  # bytes on one device at one time
+    host: int = 0  # bytes in the host's memory, for one device
 
 
 @dataclasses.dataclass
@@ -41,7 +42,8 @@ class Report:
     """What a program amounts to on a topology. "Per chip" is per device of jax: of a v7x, one of its two cores.
 
     The keys of `bytes_per_chip`: weights, optimizer and ema (train) or weights and cache (decode); arguments, all of
-    these together; gradients, by their layout, a part of temporary; peak, the most at one time; hbm, what there is.
+    these together; gradients, by their layout, a part of temporary; peak, the most at one time; hbm, what there is;
+    host, what lies in the host's memory instead (`optimizer.offload`, `model.remat=offload_projections`).
     """
 
     name: str
@@ -63,12 +65,14 @@ class Report:
     model_flops: int  # of all chips, as train.summary counts them
     compiler_seconds: float | None  # libtpu's estimated cycles over the clock; neither collectives nor kernels
     roofline: dict[str, Any] | None
-    step_seconds: float | None
+    step_seconds: float | None  # the mean of all, where one in `exchange_every` differs
     tokens_per_second: float | None
     mfu: float | None
+    exchange_every: int  # steps; above 1 (local SGD) counts and roofline, but its limit, are of a step that exchanges
     collectives: list[dict[str, Any]]
     unknown_loops: int  # loops of unknown length, counted as one pass
     compile_seconds: float
+    pipeline_bubble: float | None  # share of the step that a stage idles, by its formula; None without stages
     run: dict[str, Any] | None  # the whole run's chip-hours, energy and price, where it fits
 
 
@@ -92,9 +96,10 @@ def make_report(
       context: tokens that the last of a row sees.
     """
     chip, slices, train = topology.chip, experiment.mesh.slices, program == "train"
-    counts = Counts()
+    counts, arrangement = Counts(), (dict(mesh.shape), slices, experiment.mesh.slice_axis)
     if compiled.text:
-        counts = count(hlo.parse(compiled.text), dict(mesh.shape), slices, experiment.mesh.slice_axis)
+        module = hlo.parse(compiled.text)
+        counts = count(module, *arrangement)
     _, weights, axes = transformer.build(experiment.model)
     # A forward pass is a third of a training step.
     model_flops = flops_per_token(experiment.model, weights, context) * tokens // (1 if train else 3)
@@ -105,6 +110,7 @@ def make_report(
     memory["temporary"] = compiled.temporary
     memory["peak"] = memory["arguments"] + (compiled.temporary or 0) if compiled.peak is None else compiled.peak
     memory["hbm"] = chip.hbm_bytes // chip.devices if chip else None
+    memory["host"] = compiled.host
     fits = compiled.fits and (chip is None or memory["peak"] <= memory["hbm"])
     missing = 0 if fits else max(0, memory["peak"] - memory["hbm"])
     kernel_flops = attention_kernel_flops(counts.kernels, experiment.model, context)
@@ -131,22 +137,28 @@ def make_report(
         step_seconds=None,
         tokens_per_second=None,
         mfu=None,
+        exchange_every=max(1, experiment.optimizer.local_steps) if train else 1,
         collectives=[dataclasses.asdict(row) for row in counts.collectives],
         unknown_loops=counts.unknown_loops,
         compile_seconds=compiled.seconds,
+        pipeline_bubble=pipeline_bubble(experiment) if train else None,
         run=None,
     )
     if chip is not None and compiled.text:
         seconds = roofline(counts, kernel_flops, topology, mesh)
         report.roofline = dataclasses.asdict(seconds) | {"limit": seconds.limit}
         report.step_seconds = seconds.step
-        report.tokens_per_second = tokens / seconds.step
-        report.mfu = model_flops / seconds.step / (chip.peak_flops * report.chips)
+        if report.exchange_every > 1:
+            between = roofline(count(module, *arrangement, branch=min), kernel_flops, topology, mesh)
+            report.step_seconds += (between.step - seconds.step) * (1 - 1 / report.exchange_every)
+            report.roofline["limit"] = between.limit  # of most steps
+        report.tokens_per_second = tokens / report.step_seconds
+        report.mfu = model_flops / report.step_seconds / (chip.peak_flops * report.chips)
         for row, counted in zip(report.collectives, counts.collectives, strict=True):
             row["seconds"] = collective_seconds(counted, topology, mesh)
         if train and fits:
             prices = json.loads(pathlib.Path(__file__).with_name("prices.json").read_text())
-            report.run = run_cost(seconds.step, experiment.run.steps, chip, report.chips, prices)
+            report.run = run_cost(report.step_seconds, experiment.run.steps, chip, report.chips, prices)
     return report
 
 
@@ -233,7 +245,8 @@ def print_report(report: Report) -> None:
         print(f"  {row['leaf']}: {human_bytes(row['bytes'])}")
     for row in report.largest_temporaries[:5]:
         print(f"  temporary {row['type']}: {human_bytes(row['bytes'])}, {row['operation']}")
-    print("\none step of one chip")
+    exchanges = f", that one in {report.exchange_every} which exchanges" if report.exchange_every > 1 else ""
+    print(f"\none step of one chip{exchanges}")
     print(f"  matmul FLOPs {report.matmul_flops_per_chip:.4g}, attention kernels {report.kernel_flops_per_chip:.4g}")
     if report.compiler_seconds is not None:
         print(f"  the compiler's estimate of its computations: {report.compiler_seconds:.4g} s")
@@ -242,9 +255,11 @@ def print_report(report: Report) -> None:
         for axis, seconds in report.roofline["network"].items():
             print(f"  network along {axis}: {seconds:.4g} s")
         print(f"  exposed network {report.roofline['exposed']:.4g} s")
-        print("  expected step" if report.fits else "  if it fitted: step", end="")
+        print("  expected" if report.fits else "  if it fitted:", end=" mean step" if exchanges else " step")
         print(f" {report.step_seconds:.4g} s, limited by {report.roofline['limit']}: ", end="")
         print(f"MFU {report.mfu:.1%}, {report.tokens_per_second:,.0f} tokens/s")
+    if report.pipeline_bubble is not None:
+        print(f"  pipeline bubble: each stage idles {report.pipeline_bubble:.2%} of the time, as counted above")
     if report.collectives:
         print(f"\n  {'collective':<19} {'along':<18} {'distinct':>8} {'executed':>8} {'bytes':>10}")
     for row in report.collectives:

@@ -39,7 +39,13 @@ def define_config() -> flags.FlagHolder:
 def run(main: Callable[[], int | None]) -> NoReturn:
     """Parses the flags and runs `main`; exits with what it returns (None is 0), 2 for a UserError, 130 for Ctrl-C."""
     try:
-        app.run(lambda _: _guarded(main), flags_parser=_parse)
+        try:
+            app.run(lambda _: _guarded(main), flags_parser=_parse)
+        finally:
+            sys.stdout.flush()  # Here, for what goes wrong as the interpreter ends nobody can catch.
+    except BrokenPipeError:  # The reader of our output, such as `head`, has gone.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(141)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(130)
@@ -65,9 +71,6 @@ def _guarded(main: Callable[[], int | None]) -> None:
         status = main()
     except UserError as error:
         fail(str(error))
-    except BrokenPipeError:  # The reader of our output, such as `head`, has gone.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(141)
     sys.exit(status or 0)
 
 

@@ -10,9 +10,12 @@ import jax
 
 from model import transformer
 from model.config import ModelConfig
+from tpu.pipeline import bubble_fraction
 from train.config import Experiment, to_dict
 from train.optimizer import optimizer, state_bytes
 from train.schedule import schedule
+
+FEWEST_REPLICAS = 2  # of local SGD, taken where mesh.data=-1 leaves their number to the devices
 
 
 def parameter_counts(weights: Any) -> dict[str, int]:
@@ -42,6 +45,17 @@ def flops_per_token(config: ModelConfig, weights: Any, context: int) -> int:
     return 6 * kernels + 12 * config.heads * config.head_dim * keys
 
 
+def pipeline_bubble(experiment: Experiment) -> float | None:
+    """The share of time that a stage of the pipeline idles; None without stages, and where their number is not known.
+
+    The formula is that of `tpu.pipeline.bubble_fraction`, (S - 1) / (M R + S - 1).
+    """
+    model, stages = experiment.model, experiment.mesh.stage
+    if stages in (-1, 1):
+        return None
+    return bubble_fraction(stages, model.pipeline_repeats, model.pipeline_microbatches or stages)
+
+
 def summarize(experiment: Experiment) -> dict[str, Any]:
     """The figures of a resolved experiment, ready for JSON."""
     config = experiment.model.placed("cpu", "float32")
@@ -50,6 +64,10 @@ def summarize(experiment: Experiment) -> dict[str, Any]:
     rule = optimizer(experiment.optimizer, schedule(experiment.optimizer, experiment.run.steps), axes)
     tokens = experiment.run.steps * experiment.data.batch_size * experiment.data.context
     weight_bytes = sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(weights))
+    optimizer_bytes = state_bytes(rule, weights)
+    if experiment.optimizer.local_steps:  # `train.local_sgd.LocalState`: replicas with two counters each, and momentum
+        replicas = max(FEWEST_REPLICAS, experiment.mesh.data)
+        optimizer_bytes = replicas * (weight_bytes + optimizer_bytes + 8) + 4 * counts["total"]
     return {
         "experiment": to_dict(experiment),
         "parameters": counts,
@@ -58,9 +76,10 @@ def summarize(experiment: Experiment) -> dict[str, Any]:
         "tokens_per_parameter": tokens / counts["total"],
         "bytes": {
             "weights": weight_bytes,
-            "optimizer": state_bytes(rule, weights),
+            "optimizer": optimizer_bytes,
             "ema": 4 * counts["total"] if experiment.optimizer.ema_decay else 0,
         },
+        "pipeline_bubble": pipeline_bubble(experiment),
     }
 
 
@@ -83,6 +102,10 @@ def print_summary(experiment: Experiment, figures: dict[str, Any]) -> None:
     print(f"FLOPs in all        {figures['flops_per_token'] * figures['tokens']:.3g}")
     parts = ", ".join(f"{name} {human_bytes(count)}" for name, count in memory.items() if count)
     print(f"memory              {human_bytes(sum(memory.values()))}: {parts}")
+    if experiment.optimizer.local_steps and experiment.mesh.data == -1:
+        print(f"                    (of {FEWEST_REPLICAS} replicas; mesh.data=-1 decides their number)")
+    if figures["pipeline_bubble"] is not None:
+        print(f"pipeline bubble     {figures['pipeline_bubble']:.2%} of the time of each stage")
 
 
 def human_bytes(count: float) -> str:

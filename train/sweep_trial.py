@@ -20,6 +20,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from tpu.distributed import PROCESSES
 from tpu.errors import UserError
 from train.config import Experiment
 from train.sweep_space import Point, overridden, trial_name
@@ -158,7 +159,10 @@ class Trial:
         return [*trainer, *override_flags(self._point), f"--workdir={self.path}"]
 
     def start(self, trainer: Sequence[str]) -> None:
-        """Starts the training process, in a session of its own: a Ctrl-C at the terminal is for the sweep alone."""
+        """Starts the training process, in a session of its own: a Ctrl-C at the terminal is for the sweep alone.
+
+        It trains alone, even where the sweep is one task of several: they are trials of their own.
+        """
         self.record.state, self.record.reason, self._stopping = "running", "", ""
         self.save()
         with (self.path / "output.txt").open("ab") as output:
@@ -170,6 +174,7 @@ class Trial:
                 stderr=subprocess.STDOUT,
                 start_new_session=True,
                 pass_fds=(self._lock,),
+                env=os.environ | {PROCESSES: "1"},
             )
 
     def stop(self, state: str) -> None:

@@ -6,6 +6,7 @@ Legend: B rows, T tokens, H heads, G kv_heads, K head_dim.
 from __future__ import annotations
 
 import functools
+import re
 
 import jax
 import jax.numpy as jnp
@@ -14,6 +15,7 @@ import pytest
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel
 
 from model.attention import Place, attend
+from model.cudnn_attention import cudnn_attention
 from model.dropout import row_keys
 from model.rope import rotate, rotation
 
@@ -133,3 +135,29 @@ def test_the_tpu_kernel_equals_the_plain_form(monkeypatch, window, softcap, kv_h
     )
     for x, y in zip(jax.tree.leaves(found), jax.tree.leaves(wanted), strict=True):
         np.testing.assert_allclose(x, y, rtol=0, atol=2e-5 * max(1, np.abs(y).max()))
+
+
+@pytest.mark.parametrize(("heads", "kv_heads", "window"), [(4, 4, 0), (4, 2, 0), (4, 1, 5)])
+def test_cudnn_attention_lowers_for_gpus_without_one(monkeypatch, heads, kv_heads, window):
+    """Both its forms, forward and backward, are calls of cuDNN's kernels, of which none repeats keys and values."""
+    # All that jax wants of cuDNN here is a version to compare with.
+    monkeypatch.setattr("jax._src.cudnn.fused_attention_stablehlo.check_cudnn_version", lambda: 91000)
+    shapes = [(2, n, 64, 64) for n in (heads, kv_heads, kv_heads)]
+    arguments = [jax.ShapeDtypeStruct(shape, jnp.bfloat16) for shape in shapes]
+    segments = jax.ShapeDtypeStruct((2, 64), jnp.int32)
+
+    def loss(q, k, v, segments):
+        return cudnn_attention(q, k, v, segments, window).astype(jnp.float32).sum()
+
+    traced = jax.jit(jax.grad(loss, (0, 1, 2))).trace(*arguments, segments)
+    text = traced.lower(lowering_platforms=("cuda",)).as_text()
+    calls = [line for line in text.splitlines() if "custom_call @__cudnn$" in line]
+    names = sorted(re.search(r"__cudnn\$(\w+)", line)[1] for line in calls)
+    forms = ("fmhaScaleBiasSoftmax", "fmhaScaleBiasSoftmaxBackward", "fmhaSoftmax", "fmhaSoftmaxBackward")
+    assert names == sorted(forms)
+    for line in calls:
+        assert f"tensor<2x64x{heads}x64xbf16>, tensor<2x64x{kv_heads}x64xbf16>, tensor<2x64x{kv_heads}x64xbf16>" in line
+        assert f"sliding_window_length\\22: {window}" in line
+    # What packed rows add is the mask of every pair, not one per head.
+    taken = ["tensor<2x1x64x64xbf16>" in line.rpartition(" -> ")[0] for line in calls]
+    assert taken == ["Bias" in line for line in calls]

@@ -282,6 +282,51 @@ def test_forms_that_only_libtpu_writes():
     assert (unknown.unknown_loops, unknown.cycles) == (1, 100)
 
 
+CONDITIONAL = """HloModule m, num_partitions=4
+
+%add (a: f32[], b: f32[]) -> f32[] {
+  %a = f32[] parameter(0)
+  %b = f32[] parameter(1)
+  ROOT %sum = f32[] add(%a, %b)
+}
+
+%stay (p: (f32[8,8], f32[1024])) -> f32[8,8] {
+  %p = (f32[8,8]{1,0}, f32[1024]{0}) parameter(0)
+  %unused = f32[1024]{0} get-tuple-element(%p), index=1
+  %x0 = f32[8,8]{1,0} get-tuple-element(%p), index=0
+  ROOT %d0 = f32[8,8]{1,0} dot(%x0, %x0), lhs_contracting_dims={1}, rhs_contracting_dims={0}
+}
+
+%join (q: f32[8,8]) -> f32[8,8] {
+  %q = f32[8,8]{1,0} parameter(0)
+  %d1 = f32[8,8]{1,0} dot(%q, %q), lhs_contracting_dims={1}, rhs_contracting_dims={0}
+  %d2 = f32[8,8]{1,0} dot(%d1, %q), lhs_contracting_dims={1}, rhs_contracting_dims={0}
+  ROOT %r = f32[8,8]{1,0} all-reduce(%d2), channel_id=3, replica_groups=[1,4]<=[4], to_apply=%add
+}
+
+ENTRY %main (x: f32[8,8], big: f32[1024], which: pred[]) -> f32[8,8] {
+  %x = f32[8,8]{1,0} parameter(0)
+  %big = f32[1024]{0} parameter(1)
+  %which = pred[] parameter(2)
+  %both = (f32[8,8]{1,0}, f32[1024]{0}) tuple(%x, %big)
+  %first = f32[8,8]{1,0} dot(%x, %x), lhs_contracting_dims={1}, rhs_contracting_dims={0}
+  ROOT %c = f32[8,8]{1,0} conditional(%which, %first, %both), TRUE, FALSE
+}
+"""
+
+
+@pytest.mark.parametrize(
+    "branches", ["true_computation=%join, false_computation=%stay", "branch_computations={%stay, %join}"]
+)
+def test_one_branch_of_a_conditional_counts(branches):
+    """The one that does more, whatever it is given, or on demand the other."""
+    module = hlo.parse(CONDITIONAL.replace("TRUE, FALSE", branches))
+    more, less = (hlo_counts.count(module, {"data": 4}, branch=branch) for branch in (max, min))
+    assert hlo_counts.count(module, {"data": 4}) == more
+    assert (more.matmul_flops, less.matmul_flops) == (3 * 2 * 8**3, 2 * 2 * 8**3)
+    assert ([row.bytes for row in more.collectives], less.collectives) == ([256], [])
+
+
 def test_memory_traffic_counts_the_slice_of_a_stacked_array():
     text = """HloModule m, num_partitions=1
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import math
 
@@ -9,7 +10,7 @@ import pytest
 
 from model.config import ModelConfig
 from tpu.errors import UserError
-from train.config import Experiment, check_types, differences, from_dict, to_dict
+from train.config import Experiment, MeshConfig, check_types, differences, from_dict, to_dict
 
 
 def changed(**fields) -> Experiment:
@@ -157,6 +158,16 @@ def test_resolving_fills_in_what_follows_and_leaves_the_rest():
 
 def test_an_integer_is_a_number():
     assert changed(optimizer__learning_rate=1).resolved().optimizer.learning_rate == 1
+
+
+def test_a_pipeline_in_bfloat16_on_cpus_is_refused():
+    """XLA aborts the process where it compiles one; the same on other platforms, or in float32, is good."""
+    experiment = Experiment(mesh=MeshConfig(stage=-1)).resolved()
+    for platform, dtype, refused in (("cpu", "bfloat16", True), ("cpu", "float32", False), ("tpu", "bfloat16", False)):
+        placed = dataclasses.replace(experiment, model=experiment.model.placed(platform, dtype))
+        with pytest.raises(UserError, match=r"bfloat16: .*mesh\.stage=2") if refused else contextlib.nullcontext():
+            placed.on(2)
+        placed.on(1)
 
 
 def test_placing_decides_every_auto():

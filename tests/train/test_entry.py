@@ -112,9 +112,10 @@ def test_a_mistake_of_ours_keeps_its_traceback(tmp_path):
     assert done.stderr.endswith("RuntimeError: ours\n")
 
 
-def test_a_reader_that_leaves_is_no_error():
+@pytest.mark.parametrize("arguments", ["--help", "--config=configs/gpt_mini.py --dry_run"])
+def test_a_reader_that_leaves_is_no_error(arguments):
     """As `... --dry_run | head -1`."""
-    command = [sys.executable, "-m", "train.pretrain", "--config=configs/gpt_mini.py", "--dry_run"]
+    command = [sys.executable, "-m", "train.pretrain", *arguments.split()]
     read, write = os.pipe()
     os.close(read)
     done = subprocess.run(command, cwd=ROOT, stdout=write, stderr=subprocess.PIPE, text=True)

@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
+import math
+from typing import Any
 
 import jax
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from model import transformer
 from model.config import ModelConfig
-from train.config import DataConfig, Experiment, OptimizerConfig, RunConfig
+from tpu.mesh import make_mesh
+from train.config import DataConfig, Experiment, MeshConfig, OptimizerConfig, RunConfig
+from train.step import make_program
 from train.summary import flops_per_token, human_bytes, parameter_counts, print_summary, summarize
 
 
@@ -97,6 +102,57 @@ def test_optimizer_bytes_follow_the_rule():
     assert abs(sizes["lion"] - sizes["sgd"]) <= 16
     assert sizes["sgd"] < sizes["muon"] < sizes["adamw"]
     assert abs(sizes["adamw"] - 2 * sizes["sgd"]) <= 16
+
+
+def test_the_bubble_of_a_pipeline(capsys):
+    def bubble(stages: int, repeats: int = 1, microbatches: int = 0) -> float | None:
+        model = ModelConfig(layers=24, pipeline_repeats=repeats, pipeline_microbatches=microbatches)
+        data = DataConfig(batch_size=48)
+        return figures_of(Experiment(model=model, data=data, mesh=MeshConfig(stage=stages)))["pipeline_bubble"]
+
+    def figures_of(experiment: Experiment) -> dict[str, Any]:
+        figures = summarize(experiment.resolved())
+        print_summary(experiment, figures)
+        return figures
+
+    for stages, repeats, microbatches in ((2, 1, 2), (4, 3, 8), (3, 2, 12)):
+        capsys.readouterr()
+        wanted = (stages - 1) / (microbatches * repeats + stages - 1)
+        assert bubble(stages, repeats, microbatches) == wanted
+        assert f"pipeline bubble     {wanted:.2%}" in capsys.readouterr().out
+    assert bubble(4) == 3 / 7  # as many micro-batches as stages
+    capsys.readouterr()
+    assert (bubble(1), bubble(-1)) == (None, None)
+    assert "bubble" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("name", "weight_dtype"), [("adamw", "float32"), ("muon", "float32"), ("sgd", "bfloat16")])
+def test_the_memory_is_that_of_the_state(name, weight_dtype):
+    """Replicas of local SGD and its momentum, or else an average of the weights, against the state of the program."""
+    for replicas, optimizer in ((4, {"local_steps": 5}), (1, {"ema_decay": 0.9})):
+        experiment = Experiment(
+            model=ModelConfig(layers=2, embed_dim=16, heads=2, weight_dtype=weight_dtype),
+            data=DataConfig(batch_size=4),
+            optimizer=OptimizerConfig(name=name, **optimizer),
+            mesh=MeshConfig(data=replicas),
+        ).resolved()
+        placed = dataclasses.replace(experiment, model=experiment.model.placed("cpu", "float32"))
+        state = make_program(placed, make_mesh(placed.mesh, jax.devices()[:replicas])).abstract_state
+        parts = {"weights": state.weights, "optimizer": state.optimizer_state, "ema": state.ema}
+        for part, tree in parts.items():
+            wanted = sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
+            assert summarize(experiment)["bytes"][part] == wanted, part
+
+
+def test_an_open_number_of_replicas_is_said(capsys):
+    experiment = Experiment(optimizer=OptimizerConfig(local_steps=4), mesh=MeshConfig(data=-1)).resolved()
+    two = dataclasses.replace(experiment, mesh=MeshConfig(data=2))
+    figures = summarize(experiment)
+    assert figures["bytes"] == summarize(two)["bytes"]
+    print_summary(experiment, figures)
+    assert "(of 2 replicas; mesh.data=-1 decides their number)" in capsys.readouterr().out
+    print_summary(two, summarize(two))
+    assert "replicas" not in capsys.readouterr().out
 
 
 def test_summarizing_allocates_nothing():

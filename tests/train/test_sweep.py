@@ -23,6 +23,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from tpu.distributed import cluster
 from tpu.errors import UserError
 from train import sweep_report, sweep_space
 from train.config import Experiment, RunConfig, to_dict
@@ -285,6 +286,23 @@ def test_an_invalid_combination_is_reported_and_costs_nothing(sweep, capsys):
     assert "heads=5,seed=0: invalid (model.heads=5: does not divide model.embed_dim=384" in capsys.readouterr().out
     sweep_report.print_table(trials, made.space, made.objective, 1)
     assert "2 invalid: model.heads=5" in capsys.readouterr().out
+
+
+def test_a_trial_of_a_task_does_not_look_for_the_other_tasks(sweep, monkeypatch):
+    """Each task of a SLURM step, as each pod of a job, may run a sweep of its own."""
+    variables = ("SLURM_JOB_ID", "SLURM_STEP_NODELIST", "SLURM_NTASKS", "SLURM_PROCID", "SLURM_LOCALID")
+    for name in variables:
+        monkeypatch.setenv(name, "4")
+    assert cluster(os.environ) == {}  # jax would wait for the other three
+    script = "import json, os, sys; print(json.dumps(dict(os.environ)))"
+    made = dataclasses.replace(sweep("run.seed=[0]"), trainer=(sys.executable, "-c", script))
+    (trial,) = made.trials()
+    assert trial.claim()
+    trial.start(made.trainer)
+    trial.conclude()
+    environment = json.loads((trial.path / "output.txt").read_text())
+    assert set(variables) <= set(environment)
+    assert cluster(environment) is None
 
 
 def test_failures_are_reported_and_tried_again_as_often_as_asked(sweep, capsys):
