@@ -3,7 +3,8 @@
     python docs/published_throughput.py
 
 Arithmetic alone (`tpu.forecast`), no compiler; the topology's devices come from libtpu. Models and settings are those
-of MaxText's configs/v5e/*.sh, configs/tpu/v5p/README.md and docs/reference/models/tiering.md.
+of MaxText's configs/v5e/*.sh, configs/tpu/v5p/README.md and, for v4, MaxText/configs/1xv4-128.sh and 1xv4-384.sh with
+base.yml as it stood beside them (context 1,024, ReLU, heads of 256, tied head).
 """
 
 from __future__ import annotations
@@ -14,15 +15,17 @@ from typing import Any
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
 
-# (embed, heads, kv_heads, mlp, layers, vocabulary); below: name, topology, slices, these, rows per chip, context,
-# remat, mesh, published MFU in %
-SIXTEEN = (4096, 64, 64, 28672, 32, 32000)
-THIRTY_TWO = (8192, 64, 64, 28672, 32, 32000)
-SIXTY_FOUR = (8192, 64, 64, 28672, 64, 32000)
-BIG = (8192, 128, 128, 57344, 64, 32000)
+# (embed, heads, head_dim, mlp, layers, vocabulary, activation); below: name, topology, slices, these, rows per chip,
+# context, remat, mesh, published MFU in %
+SIXTEEN = (4096, 64, 128, 28672, 32, 32000, "swiglu")
+THIRTY_TWO = (8192, 64, 128, 28672, 32, 32000, "swiglu")
+SIXTY_FOUR = (8192, 64, 128, 28672, 64, 32000, "swiglu")
+BIG = (8192, 128, 128, 57344, 64, 32000, "swiglu")
+TWENTY_TWO = (6144, 24, 256, 24576, 48, 32768, "relu")
+FIFTY_TWO = (12288, 32, 256, 49152, 32, 32768, "relu")
 ONE, TWO = {"fsdp": 256}, {"fsdp": 16, "tensor": 16}
 V5P = {"fsdp": 16, "tensor": 4}
-ROWS: list[tuple[str, str, int, tuple[int, ...], int, int, str, dict[str, int], float]] = [
+ROWS: list[tuple[str, str, int, tuple[Any, ...], int, int, str, dict[str, int], float]] = [
     ("16B, v5e-256", "v5e:16x16", 1, SIXTEEN, 6, 2048, "full", ONE, 61.1),
     ("32B, v5e-256", "v5e:16x16", 1, THIRTY_TWO, 4, 2048, "full", ONE, 66.9),
     ("64B, v5e-256", "v5e:16x16", 1, SIXTY_FOUR, 2, 2048, "full", ONE, 59.9),
@@ -33,28 +36,29 @@ ROWS: list[tuple[str, str, int, tuple[int, ...], int, int, str, dict[str, int], 
     ("128B, 32 x v5e-256", "v5e:16x16", 32, BIG, 1, 2048, "offload_projections", TWO, 46.3),
     ("32B, v5p-128", "v5p:4x4x4", 1, THIRTY_TWO, 6, 2048, "projections", V5P, 71.5),
     ("64B, v5p-128", "v5p:4x4x4", 1, SIXTY_FOUR, 3, 2048, "projections", V5P, 70.3),
+    ("22B, v4-128", "v4:4x4x4", 1, TWENTY_TWO, 16, 1024, "full", {"fsdp": 64}, 56.7),
+    ("52B, v4-384", "v4:4x4x12", 1, FIFTY_TWO, 10, 1024, "full", {"fsdp": 192}, 56.0),
 ]
 
 
-def experiment_of(shape: tuple[int, ...], rows: int, context: int, remat: str, mesh: dict[str, int]) -> Any:
-    """A Llama-style experiment of that shape."""
+def experiment_of(shape: tuple[Any, ...], rows: int, context: int, remat: str, mesh: dict[str, int]) -> Any:
+    """An experiment of that shape, with RMSNorm and rotary positions."""
     from model.config import ModelConfig
     from train.config import DataConfig, Experiment, MeshConfig
 
-    embed_dim, heads, kv_heads, mlp_dim, layers, vocab_size = shape
+    embed_dim, heads, head_dim, mlp_dim, layers, vocab_size, activation = shape
     model = ModelConfig(
         vocab_size=vocab_size,
         layers=layers,
         embed_dim=embed_dim,
         heads=heads,
-        kv_heads=kv_heads,
-        head_dim=128,
+        head_dim=head_dim,
         mlp_dim=mlp_dim,
-        activation="swiglu",
+        activation=activation,
         norm="rmsnorm",
         attention_bias=False,
         mlp_bias=False,
-        tied_head=False,
+        tied_head=activation == "relu",
         remat=remat,
     )
     data = DataConfig(bpe_vocab_size=vocab_size, batch_size=rows, context=context)

@@ -20,7 +20,6 @@ from tpu.forecast import layer_weights, recomputed, saved_per_token
 from train.config import Experiment
 from train.summary import summarize
 
-
 ROOT = Path(__file__).resolve().parents[2]
 
 needs_libtpu = pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="libtpu is not installed")
