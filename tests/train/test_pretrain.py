@@ -131,6 +131,26 @@ def test_stopped_and_resumed_is_the_uninterrupted_run_to_the_bit(
     assert len(losses(tmp_path / "whole")) == 8
 
 
+@pytest.mark.parametrize("devices", [1, 2])
+def test_a_run_compiles_its_step_once(tmp_path, here, micro, monkeypatch, caplog, devices):
+    """On a mesh too, with evaluations between the steps; and once more when it is resumed."""
+    several = jax.local_devices()[:devices]
+    monkeypatch.setattr(jax, "devices", lambda: several)
+    experiment = micro(run={"eval_every": 3}, mesh={"fsdp": devices})
+
+    def compilations() -> int:
+        caplog.clear()
+        with caplog.at_level(logging.WARNING), jax.log_compiles():
+            assert here(experiment, tmp_path / "run") == 0
+        return sum("Compiling jit(step)" in record.getMessage() for record in caplog.records)
+
+    with monkeypatch.context() as patch:
+        terminate_at(patch, 5)
+        assert compilations() == 1
+    assert compilations() == 1
+    assert len(losses(tmp_path / "run")) == 8
+
+
 def test_a_damaged_checkpoint_costs_its_steps_and_no_bit(tmp_path, here, micro, one_device, monkeypatch, caplog):
     experiment = micro(run={"save_every": 3})
     assert here(experiment, tmp_path / "whole") == 0
