@@ -3,8 +3,8 @@
     python -m train.pretrain --config=configs/gpt3.py:175b --workdir=runs/gpt3 --dry_run
 
 Rows as printed, but for one: 1.3b has 16 heads here. The table's 24 heads of 128 do not make its width of 2,048,
-nor its count of weights. The table's alternating locally banded layers have
-an unpublished width; all layers here are dense.
+nor its count of weights. The width of the paper's alternating locally banded layers (section 2.1) is
+unpublished, so all layers are dense unless the argument gives one: configs/gpt3.py:175b,band=256.
 """
 
 from model.config import ModelConfig
@@ -27,9 +27,10 @@ TOKENS = 300e9
 
 
 def get_config(size: str = "125m") -> Experiment:
-    """The experiment for one of SIZES."""
-    if size not in SIZES:
-        raise UserError(f"configs/gpt3.py:{size}: valid: {', '.join(SIZES)}")
+    """The experiment for one of SIZES, and, after ",band=", the keys that every second layer sees, itself included."""
+    size, banded, band = size.partition(",band=")
+    if size not in SIZES or (banded and not band.isdecimal()):
+        raise UserError(f"configs/gpt3.py:{size}{banded}{band}: valid: {', '.join(SIZES)}, and these with ,band=256")
     layers, embed_dim, heads, head_dim, batch_tokens, learning_rate = SIZES[size]
     batch_size = round(batch_tokens / CONTEXT / 256) * 256
     tokens_per_step = batch_size * CONTEXT
@@ -43,6 +44,8 @@ def get_config(size: str = "125m") -> Experiment:
             head_dim=head_dim,
             positions="learned",
             max_positions=CONTEXT,
+            pattern=("global", "local") if band else ("global",),
+            window=int(band or 0),
             activation="gelu_tanh",
             norm="layernorm",
             remat="full",

@@ -12,25 +12,30 @@ import jax.numpy as jnp
 
 from model.attention import Place
 from model.config import ModelConfig
+from model.linear_attention import state_shape
 
 
 class Cache(NamedTuple):
     """What a row has seen. The token at position p of a row lies in slot p."""
 
     slots: Place  # [B, S]: segment 1 where a slot is written, 0 elsewhere; position = slot number
-    layers: Any  # {"layer_i": (keys, values)} per group of layers, [B, G, S, K] each: stacked, or a list when unrolled
+    # {"layer_i": (keys, values)} per group of layers, [B, G, S, K] each, or of linear layers the state [B, G, K, V]:
+    # stacked, or a list when unrolled
+    layers: Any
 
 
 def empty_cache(config: ModelConfig, rows: int, slots: int) -> Cache:
-    """A cache with nothing in it, in the compute dtype."""
+    """A cache with nothing in it: keys and values in the compute dtype, states of linear layers in float32."""
     shape = (rows, config.kv_heads, slots, config.head_dim)
     groups = config.layers // len(config.pattern)
 
-    def group(lead: tuple[int, ...]) -> dict[str, tuple[jax.Array, jax.Array]]:
-        return {
-            f"layer_{i}": (jnp.zeros(lead + shape, config.compute_dtype), jnp.zeros(lead + shape, config.compute_dtype))
-            for i in range(len(config.pattern))
-        }
+    def layer(kind: str, lead: tuple[int, ...]) -> Any:
+        if kind in ("linear", "gated_linear"):
+            return jnp.zeros(lead + state_shape(config, kind, rows), jnp.float32)
+        return jnp.zeros(lead + shape, config.compute_dtype), jnp.zeros(lead + shape, config.compute_dtype)
+
+    def group(lead: tuple[int, ...]) -> dict[str, Any]:
+        return {f"layer_{i}": layer(kind, lead) for i, kind in enumerate(config.pattern)}
 
     layers = [group(()) for _ in range(groups)] if config.layer_loop == "unroll" else group((groups,))
     positions = jnp.broadcast_to(jnp.arange(slots, dtype=jnp.int32), (rows, slots))

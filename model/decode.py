@@ -21,9 +21,12 @@ from flax import nnx
 from model.attention import Place
 from model.cache import Cache, empty_cache
 from model.config import ModelConfig
+from model.cross_attention import Source
+from model.encoder_decoder import EncoderDecoder, decoder_config
 from model.sampling import Sampling, draw
 from model.stack import unstack
 from model.transformer import Transformer, Weights, bind
+from tpu.errors import UserError
 
 NO_TOKEN = -1
 
@@ -38,6 +41,7 @@ class Rows(NamedTuple):
     finished: jax.Array  # [B] bool
     seen: jax.Array  # [B, V] bool, tokens of prompt and output, for the repetition penalty
     keys: jax.Array  # [B] random keys
+    source: Source | None = None  # the place of what an encoder read; its keys and values are in the cache
 
 
 Drawn = tuple[Rows, jax.Array, jax.Array]  # rows, tokens [B, C] int32, log-probabilities [B, C] float32
@@ -71,18 +75,40 @@ def prefill(
     return cache, model.head(last)
 
 
-def advance(model: Transformer, cache: Cache, tokens: jax.Array, positions: jax.Array) -> tuple[Cache, jax.Array]:
+def prefill_decoder(
+    model: EncoderDecoder, config: ModelConfig, tokens: jax.Array, lengths: jax.Array, slots: int, start_token: int
+) -> tuple[Cache, jax.Array, Source]:
+    """As `prefill` for an encoder-decoder: the encoder reads the prompts, the decoder `start_token`, at position 0."""
+    positions = jnp.broadcast_to(jnp.arange(tokens.shape[1], dtype=jnp.int32), tokens.shape)
+    source = model.encode(tokens, (positions < lengths[:, None]).astype(jnp.int32))
+    cache = empty_cache(decoder_config(config), tokens.shape[0], slots)
+    cache, logits = advance(model, cache, jnp.full_like(lengths, start_token), jnp.zeros_like(lengths), source)
+    return cache, logits, source._replace(hidden=None)
+
+
+def advance(
+    model: Transformer | EncoderDecoder,
+    cache: Cache,
+    tokens: jax.Array,
+    positions: jax.Array,
+    source: Source | None = None,
+) -> tuple[Cache, jax.Array]:
     """Reads one token [B] per row at positions [B]: the cache with it, the logits [B, V] of what follows it."""
     place = Place(jnp.ones_like(positions)[:, None], positions[:, None])
-    hidden, cache = model(tokens[:, None], place, cache)  # [B, 1, D]
+    read = {} if source is None else {"source": source}
+    hidden, cache = model(tokens[:, None], place, cache, **read)  # [B, 1, D]
     return cache, model.head(hidden[:, 0])
 
 
 def make_decoder(config: ModelConfig, graphdef: nnx.GraphDef, vocab_size: int, end_of_document: int) -> Decoder:
     """The decoder of a `placed` model whose tokenizer has `vocab_size` tokens; more that it may have are never drawn.
 
-    A row ends with the token `end_of_document`.
+    A row ends with the token `end_of_document`. An encoder-decoder reads the prompts with its encoder; what its decoder
+    writes begins after `config.start_token`, and stands at positions of its own. An encoder alone cannot generate.
     """
+    if config.kind == "encoder":
+        raise UserError("model.kind='encoder': generates no text; valid: decoder, encoder_decoder")
+    start_token = end_of_document if config.start_token < 0 else config.start_token
 
     def draw_next(rows: Rows, logits: jax.Array, sampling: Sampling) -> Drawn:
         positions = jnp.where(rows.finished, rows.positions, rows.positions + 1)
@@ -110,9 +136,15 @@ def make_decoder(config: ModelConfig, graphdef: nnx.GraphDef, vocab_size: int, e
         max_tokens: jax.Array,
         slots: int,
     ) -> Drawn:
-        cache, logits = prefill(bind(graphdef, weights), config, tokens, lengths, slots)
+        model, source = bind(graphdef, weights), None
         b, t = tokens.shape
-        in_prompt = jnp.arange(t) < lengths[:, None]  # [B, T]
+        if config.kind == "decoder":
+            cache, logits = prefill(model, config, tokens, lengths, slots)
+        else:
+            cache, logits, source = prefill_decoder(model, config, tokens, lengths, slots, start_token)
+        if source is not None:  # The output alone counts from here on.
+            lengths = jnp.ones_like(lengths)
+        in_prompt = (jnp.arange(t) < lengths[:, None]) & (source is None)  # [B, T]
         seen = jnp.zeros((b, vocab_size), bool).at[jnp.arange(b)[:, None], tokens].max(in_prompt)
         rows = Rows(
             cache=cache,
@@ -123,6 +155,7 @@ def make_decoder(config: ModelConfig, graphdef: nnx.GraphDef, vocab_size: int, e
             # The token that opens the prompt's document is no part of its text: repeating it would not be penalised.
             seen=seen.at[:, end_of_document].set(False),
             keys=keys,
+            source=source,
         )
         rows, drawn, logprobs = draw_next(rows, logits, sampling)
         return rows, drawn[:, None], logprobs[:, None]
@@ -137,7 +170,7 @@ def make_decoder(config: ModelConfig, graphdef: nnx.GraphDef, vocab_size: int, e
 
         def one_token(carry: tuple) -> tuple:
             index, (rows, tokens, logprobs) = carry
-            cache, logits = advance(model, rows.cache, rows.tokens, rows.positions)
+            cache, logits = advance(model, rows.cache, rows.tokens, rows.positions, rows.source)
             rows, drawn, logprob = draw_next(rows._replace(cache=cache), logits, sampling)
             return index + 1, (rows, tokens.at[:, index].set(drawn), logprobs.at[:, index].set(logprob))
 
@@ -157,7 +190,8 @@ def decoding_weights(config: ModelConfig, weights: Weights) -> Weights:
     """
 
     def convert(path: tuple, weight: Any) -> Any:
-        return weight.astype(config.compute_dtype) if path[-1].key in ("kernel", "embedding") else weight
+        name = jax.tree_util.keystr(path[-1:], simple=True)
+        return weight.astype(config.compute_dtype) if name in ("kernel", "embedding") else weight
 
     weights = jax.tree_util.tree_map_with_path(convert, weights)
     if config.layer_loop != "unroll":

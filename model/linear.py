@@ -1,9 +1,10 @@
 """The only place where an activation meets a weight matrix.
 
-A weight is an array, or a small pytree class with a method `matmul(x, contract, dtype)` (a low-rank adapted, pruned or
-quantised weight); no other file knows which.
+A weight is an array, or a small pytree class with a method `matmul(x, contract, dtype, platform, result)` (a low-rank
+adapted, pruned or quantised weight); no other file knows which. One that adapts another weight has that as `kernel`,
+and `adapt(x, y, contract, dtype, platform)` makes its product of the kernel's.
 
-Legend: N rows (all leading dimensions), I inputs, O outputs.
+Legend: N rows (all leading dimensions), I inputs, O outputs, E groups of rows with a matrix each.
 """
 
 from __future__ import annotations
@@ -70,6 +71,7 @@ class Linear(nnx.Module):
       inputs, outputs: (size, logical axis) of each contracted and each produced dimension.
       bias: whether b exists (starts at zero).
       residual: whether the result is added to the residual stream.
+      start: what the kernel's initial values are multiplied by.
     """
 
     def __init__(
@@ -80,11 +82,14 @@ class Linear(nnx.Module):
         bias: bool,
         rngs: nnx.Rngs,
         residual: bool = False,
+        start: float = 1.0,
     ):
         fan_in, fan_out = math.prod(s for s, _ in inputs), math.prod(s for s, _ in outputs)
         shape, axes = zip(*inputs, *outputs, strict=True)
         draw = initializer(config, residual)
-        self.kernel = parameter(rngs, shape, axes, config.weight_dtype, lambda k, s: draw(k, s, fan_in, fan_out))
+        self.kernel = parameter(
+            rngs, shape, axes, config.weight_dtype, lambda k, s: start * draw(k, s, fan_in, fan_out)
+        )
         out_shape, out_axes = zip(*outputs, strict=True)
         self.bias = parameter(rngs, out_shape, out_axes, config.weight_dtype, zeros) if bias else None
         self.contract = len(inputs)
@@ -104,28 +109,67 @@ class Linear(nnx.Module):
         return y.astype(dtype or self.compute_dtype)
 
 
+class GroupedLinear(nnx.Module):
+    """Matrices W[e] [I, O] of the experts; where their rows are decides between `grouped_matmul` and `batched_matmul`.
+
+    Args:
+      config: gives dtypes and initialisation.
+      inputs, outputs: (size, logical axis) of the contracted and the produced dimension.
+      residual: whether the result is added to the residual stream.
+    """
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        inputs: tuple[int, str],
+        outputs: tuple[int, str],
+        rngs: nnx.Rngs,
+        residual: bool = False,
+    ):
+        shape, axes = zip((config.experts, "experts"), inputs, outputs, strict=True)
+        draw = initializer(config, residual)
+        self.axes = axes
+        self.kernel = parameter(rngs, shape, axes, config.weight_dtype, lambda k, s: draw(k, s, inputs[0], outputs[0]))
+
+
 def together(x: jax.Array, *linears: Linear) -> list[jax.Array]:
     """The results of several Linears of one input x [..., I].
 
     On CPU as one product, which is faster there. Where heads or columns lie along several devices, the gradients for x
     are one product too: devices then sum one partial result instead of several.
     """
-    kernels = [linear.kernel.get_value() for linear in linears]
-    first = linears[0]
+    weights = [linear.kernel.get_value() for linear in linears]
+    kernels, first = [_innermost(weight) for weight in weights], linears[0]
     if not all(isinstance(kernel, jax.Array) for kernel in kernels):
         return [linear(x) for linear in linears]
     if first.platform != "cpu":
         if rules.devices_along("mlp") == 1:
             return [linear(x) for linear in linears]
         products = _fan_out(x, kernels, first.compute_dtype)
-        return [linear.finish(y) for linear, y in zip(linears, products, strict=True)]
+        return [linear.finish(_adapted(x, y, linear)) for linear, y in zip(linears, products, strict=True)]
     widths = [math.prod(kernel.shape[1:]) for kernel in kernels]
     joined = jnp.concatenate([k.reshape(-1, width) for k, width in zip(kernels, widths, strict=True)], axis=1)
     parts = jax.lax.split(matmul(x, joined, 1, first.compute_dtype, "cpu"), widths, axis=x.ndim - 1)
     return [
-        linear.finish(part.reshape(*x.shape[:-1], *kernel.shape[1:]))
+        linear.finish(_adapted(x, part.reshape(*x.shape[:-1], *kernel.shape[1:]), linear))
         for linear, part, kernel in zip(linears, parts, kernels, strict=True)
     ]
+
+
+def _innermost(weight: Any) -> Any:
+    """What is left of a weight without what adapts it."""
+    return _innermost(weight.kernel) if hasattr(weight, "adapt") else weight
+
+
+def _adapted(x: jax.Array, y: jax.Array, linear: Linear) -> jax.Array:
+    """The product of x [..., I] and a Linear's weight from y, the product with its innermost kernel."""
+
+    def adapted(weight: Any) -> jax.Array:
+        if not hasattr(weight, "adapt"):
+            return y
+        return weight.adapt(x, adapted(weight.kernel), 1, linear.compute_dtype, linear.platform)
+
+    return adapted(linear.kernel.get_value())
 
 
 def matmul(
@@ -144,7 +188,7 @@ def matmul(
     `platform` ("cpu", "gpu", "tpu") chooses the form that the compiler there does best.
     """
     if not isinstance(weight, jax.Array):
-        return weight.matmul(x, contract, dtype)
+        return weight.matmul(x, contract, dtype, platform, result)
     if platform != "cpu":
         return _matmul(x, weight, contract, dtype, transposed, result)
     rows, width = x.shape[: x.ndim - contract], math.prod(x.shape[x.ndim - contract :])
@@ -152,6 +196,107 @@ def matmul(
         return _cpu_matmul(x.reshape(-1, width), weight, dtype, True).reshape(*rows, weight.shape[0])
     y = _cpu_matmul(x.reshape(-1, width), weight.reshape(width, -1), dtype, False)
     return y.reshape(*rows, *weight.shape[contract:])
+
+
+def exact_matmul(x: jax.Array, weight: jax.Array) -> jax.Array:
+    """x [..., I] times weight [I, O] -> [..., O] float32, in float32 also where products are rounded by default."""
+    axes = ((x.ndim - 1,), (0,)), ((), ())
+    return jax.lax.dot_general(x.astype(jnp.float32), weight, axes, precision=jax.lax.Precision.HIGHEST)
+
+
+def batched_matmul(x: jax.Array, weight: jax.Array, dtype: str) -> jax.Array:
+    """x [E, N, I] times weight [E, I, O] -> [E, N, O] in `dtype`, to which the operands are rounded too."""
+    axes = ((2,), (1,)), ((0,), (0,))
+    y = jax.lax.dot_general(x.astype(dtype), weight.astype(dtype), axes, preferred_element_type=jnp.float32)
+    return y.astype(dtype)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
+def grouped_matmul(x: jax.Array, weight: jax.Array, sizes: jax.Array, dtype: str, platform: str) -> jax.Array:
+    """x [N, I], whose rows lie in E groups of `sizes` [E] int32, each times its own weight [E, I, O] -> [N, O].
+
+    The work is that of the rows that there are. Rows behind the last group give zeros, and take none but zero
+    gradients. Operands are rounded to `dtype`, which the result has; products are accumulated in float32.
+    """
+    return _grouped(x.astype(dtype), weight.astype(dtype), sizes, platform)
+
+
+def _grouped_forward(
+    x: jax.Array, weight: jax.Array, sizes: jax.Array, dtype: str, platform: str
+) -> tuple[jax.Array, tuple]:
+    return grouped_matmul(x, weight, sizes, dtype, platform), (x, weight, sizes)
+
+
+def _grouped_backward(dtype: str, platform: str, saved: tuple, g: jax.Array) -> tuple[jax.Array, jax.Array, None]:
+    x, weight, sizes = saved
+    g = g.astype(dtype)
+    dx = _grouped(g, weight.astype(dtype).swapaxes(1, 2), sizes, platform)
+    return dx.astype(x.dtype), _outer_products(x.astype(dtype), g, sizes, platform).astype(weight.dtype), None
+
+
+grouped_matmul.defvjp(_grouped_forward, _grouped_backward)
+
+
+def _grouped(x: jax.Array, weight: jax.Array, sizes: jax.Array, platform: str) -> jax.Array:
+    if platform == "cpu":  # A ragged product there is one with every matrix for every row.
+        return _in_blocks(x, weight, sizes)
+    y = jax.lax.ragged_dot(x, weight, sizes, preferred_element_type=x.dtype)
+    return jnp.where(jnp.arange(len(x))[:, None] < sizes.sum(), y, 0)
+
+
+def _outer_products(x: jax.Array, g: jax.Array, sizes: jax.Array, platform: str) -> jax.Array:
+    """The sums of x [N, I] times g [N, O] over the rows of each group -> [E, I, O] float32 or, on TPU, their dtype."""
+    if platform == "cpu":
+        return _outer_products_in_blocks(x, g, sizes)
+    tile = math.gcd(len(x), 512)
+    if platform == "tpu" and tile >= 128:  # XLA makes one product for every group of all rows, masked.
+        from jax.experimental.pallas.ops.tpu.megablox.gmm import tgmm
+
+        tiles = tile, min(1024, x.shape[1]), min(1024, g.shape[1])
+        return tgmm(x.swapaxes(0, 1), g, sizes, x.dtype, tiles)
+    numbers = jax.lax.RaggedDotDimensionNumbers((((0,), (0,)), ((), ())), [0], [])
+    return jax.lax.ragged_dot_general(x, g, sizes, numbers, preferred_element_type=jnp.float32)
+
+
+def _in_blocks(x: jax.Array, weight: jax.Array, sizes: jax.Array) -> jax.Array:
+    """As `_grouped`, by a loop over blocks of rows; what a block has of the next group, that group writes over."""
+    block, starts = _block(x), jnp.cumsum(sizes) - sizes
+    rows = jnp.pad(x, ((0, block), (0, 0)))
+
+    def group(e: jax.Array, out: jax.Array) -> jax.Array:
+        def at(i: jax.Array, carry: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+            w, out = carry
+            start = starts[e] + i * block
+            y = _dot(jax.lax.dynamic_slice_in_dim(rows, start, block), w, (1,), (0,))
+            return w, jax.lax.dynamic_update_slice_in_dim(out, y.astype(out.dtype), start, 0)
+
+        def all_blocks(out: jax.Array) -> jax.Array:
+            return jax.lax.fori_loop(0, -(-sizes[e] // block), at, (weight[e], out))[1]
+
+        return jax.lax.cond(sizes[e] > 0, all_blocks, lambda out: out, out)
+
+    out = jax.lax.fori_loop(0, len(weight), group, jnp.zeros((len(rows), weight.shape[2]), x.dtype))[: len(x)]
+    return jnp.where(jnp.arange(len(x))[:, None] < sizes.sum(), out, 0)
+
+
+def _outer_products_in_blocks(x: jax.Array, g: jax.Array, sizes: jax.Array) -> jax.Array:
+    block, starts = _block(x), jnp.cumsum(sizes) - sizes
+    x, g = (jnp.pad(a, ((0, block), (0, 0))) for a in (x, g))
+
+    def group(_: None, e: jax.Array) -> tuple[None, jax.Array]:
+        def add(i: jax.Array, total: jax.Array) -> jax.Array:
+            left, right = (jax.lax.dynamic_slice_in_dim(a, starts[e] + i * block, block) for a in (x, g))
+            mine = jnp.arange(block)[:, None] < sizes[e] - i * block
+            return total + _dot(left, jnp.where(mine, right, 0), (0,), (0,))
+
+        return None, jax.lax.fori_loop(0, -(-sizes[e] // block), add, jnp.zeros((x.shape[1], g.shape[1])))
+
+    return jax.lax.scan(group, None, jnp.arange(len(sizes)))[1]
+
+
+def _block(x: jax.Array) -> int:
+    """Rows that XLA:CPU multiplies at a time: enough to reach its full speed, few enough to leave little over."""
+    return min(128, len(x))
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4, 5))

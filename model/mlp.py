@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
-from model.config import ModelConfig
+from model.config import GATED, ModelConfig
 from model.linear import Linear, together
 from tpu.rules import constrain
 
@@ -19,6 +19,8 @@ ACTIVATIONS = {
     "relu": jax.nn.relu,
     "swiglu": jax.nn.silu,
     "geglu": functools.partial(jax.nn.gelu, approximate=True),
+    "geglu_erf": functools.partial(jax.nn.gelu, approximate=False),
+    "reglu": jax.nn.relu,
 }
 
 
@@ -29,7 +31,7 @@ class MLP(nnx.Module):
         embed, mlp = ((config.embed_dim, "embed"),), ((config.mlp_dim, "mlp"),)
         self.activation = config.activation
         self.up = Linear(config, embed, mlp, config.mlp_bias, rngs)
-        gated = config.activation in ("swiglu", "geglu")
+        gated = config.activation in GATED
         # Left alone, XLA computes the nonlinearity anew for every tile of the products that read it. From so many tiles
         # on, writing it once takes less time (libtpu's estimate for Llama 2 70B: 1 %), below it does not.
         self.written = config.platform != "cpu" and gated and config.embed_dim >= 8192
@@ -40,14 +42,14 @@ class MLP(nnx.Module):
         """x [B, T, D] -> [B, T, D]."""
         h = together(x, self.up) if self.gate is None else together(x, self.gate, self.up)
         h = [checkpoint_name(constrain(part, "batch", "sequence", "activation_mlp"), "mlp") for part in h]
-        h = _nonlinearity(self.activation, *h)
+        h = nonlinearity(self.activation, *h)
         if self.written:
             h = jax.lax.optimization_barrier(h)
         return self.down(h)
 
 
 @functools.partial(jax.checkpoint, static_argnums=0)
-def _nonlinearity(activation: str, h: jax.Array, times: jax.Array | None = None) -> jax.Array:
+def nonlinearity(activation: str, h: jax.Array, times: jax.Array | None = None) -> jax.Array:
     """f(h), or f(h) * times, computed in float32. Its inputs alone are kept for the backward pass: computing them again
     costs less than storing what lies between."""
     y = ACTIVATIONS[activation](h.astype(jnp.float32))

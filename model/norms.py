@@ -17,22 +17,24 @@ class Norm(nnx.Module):
 
     def __init__(self, config: ModelConfig, size: int, axis: str, rngs: nnx.Rngs, kind: str | None = None):
         self.kind = kind or config.norm
-        self.eps = config.norm_eps
-        self.scale = parameter(rngs, (size,), (axis,), config.weight_dtype, ones)
+        self.eps, self.offset = config.norm_eps, 1.0 if config.norm_unit_offset else 0.0
+        self.scale = parameter(rngs, (size,), (axis,), config.weight_dtype, zeros if self.offset else ones)
         with_bias = self.kind == "layernorm" and config.norm_bias
         self.bias = parameter(rngs, (size,), (axis,), config.weight_dtype, zeros) if with_bias else None
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """x [..., size] -> the same shape and dtype."""
         bias = None if self.bias is None else self.bias.get_value()
-        return _normalize(self.kind, self.eps, x, self.scale.get_value(), bias)
+        return _normalize(self.kind, self.eps, self.offset, x, self.scale.get_value(), bias)
 
 
-@functools.partial(jax.checkpoint, static_argnums=(0, 1))
-def _normalize(kind: str, eps: float, x: jax.Array, scale: jax.Array, bias: jax.Array | None) -> jax.Array:
+@functools.partial(jax.checkpoint, static_argnums=(0, 1, 2))
+def _normalize(
+    kind: str, eps: float, offset: float, x: jax.Array, scale: jax.Array, bias: jax.Array | None
+) -> jax.Array:
     """Checkpointed: the backward pass computes the float32 intermediates again, which costs less than storing them."""
     y = x.astype(jnp.float32)
     if kind == "layernorm":
         y = y - y.mean(-1, keepdims=True)
-    y = y * jax.lax.rsqrt(jnp.square(y).mean(-1, keepdims=True) + eps) * scale.astype(jnp.float32)
+    y = y * jax.lax.rsqrt(jnp.square(y).mean(-1, keepdims=True) + eps) * (scale.astype(jnp.float32) + offset)
     return (y if bias is None else y + bias.astype(jnp.float32)).astype(x.dtype)

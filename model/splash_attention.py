@@ -1,4 +1,4 @@
-"""Causal attention on TPU by the Pallas kernels of jax ("splash", sparse flash attention, arXiv:2205.14135).
+"""Attention on TPU by the Pallas kernels of jax ("splash", sparse flash attention, arXiv:2205.14135).
 
 Legend: B batch, H heads, G kv_heads, T tokens, K head_dim.
 """
@@ -11,13 +11,20 @@ LANES = 128  # rows are cut into blocks of a multiple of this
 
 
 def splash_attention(
-    q: jax.Array, k: jax.Array, v: jax.Array, segments: jax.Array, window: int = 0, softcap: float = 0.0
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    segments: jax.Array,
+    sinks: jax.Array | None = None,
+    window: int = 0,
+    softcap: float = 0.0,
+    causal: bool = True,
 ) -> jax.Array:
     """Attention of packed rows to themselves; arguments and result as `model.attention.attend`.
 
     Args:
       q: [B, H, T, K]. k, v: [B, G, T, K], T a multiple of LANES. segments: [B, T] int32, runs in which positions rise
-        by one.
+        by one. sinks: [H] or None.
     """
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as kernel
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
@@ -26,6 +33,7 @@ def splash_attention(
     size = next(block for block in (512, 384, 256, LANES) if tokens % block == 0)
     shape = (tokens, tokens)
     mask = masks.LocalMask(shape, (window - 1, 0), 0) if window else masks.CausalMask(shape)
+    mask = mask if causal else masks.FullMask(shape)
     attention = kernel.make_splash_mha(
         masks.MultiHeadMask([mask] * heads),
         block_sizes=kernel.BlockSizes(
@@ -42,4 +50,4 @@ def splash_attention(
         attn_logits_soft_cap=softcap or None,
         residual_checkpoint_name="attention",
     )
-    return jax.vmap(lambda q, k, v, s: attention(q, k, v, kernel.SegmentIds(s, s)))(q, k, v, segments)
+    return jax.vmap(lambda q, k, v, s: attention(q, k, v, kernel.SegmentIds(s, s), sinks))(q, k, v, segments)

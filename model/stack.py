@@ -2,6 +2,10 @@
 
 A group is one pass over `config.pattern`. Scanned, compile time does not grow with depth. Unrolled, XLA:CPU need
 not slice the stacked weights in every iteration. The weights are stored the same way for both.
+
+Groups may share one set of weights (ALBERT, arXiv:1909.11942, section 3.1), which is then stored once and whose
+gradient is the sum of theirs; each has a cache of its own, and may have low-rank factors of its own beside the shared
+matrices.
 """
 
 from __future__ import annotations
@@ -15,7 +19,11 @@ from flax import nnx
 from model.attention import Place
 from model.block import Block, residual
 from model.config import ModelConfig
+from model.cross_attention import Source
 from model.dropout import fold_in
+from model.linear import parameter, zeros
+from model.lora import applied, draw_a, factors
+from model.moe import Routing
 from tpu import rules
 from tpu.pipeline import pipeline
 
@@ -47,23 +55,33 @@ class Group(nnx.Module):
 
     def __init__(self, config: ModelConfig, rngs: nnx.Rngs):
         for i, kind in enumerate(config.pattern):
-            setattr(self, f"layer_{i}", Block(config, kind, rngs))
+            setattr(self, f"layer_{i}", Block(config, kind, rngs, config.mixes(i)))
         self.size = len(config.pattern)
 
     def __call__(
-        self, h: jax.Array, place: Place, slots: Place | None, rotation: Any, cached: Any, key: jax.Array | None
-    ) -> tuple[jax.Array, Any]:
-        """As `Block`, with `cached` a dictionary of layer names."""
-        new = {}
+        self,
+        h: jax.Array,
+        place: Place,
+        slots: Place | None,
+        rotation: Any,
+        cached: Any,
+        key: jax.Array | None,
+        bias: jax.Array | None = None,
+        source: Source | None = None,
+    ) -> tuple[jax.Array, Any, dict[str, Routing]]:
+        """As `Block`, with `cached` a dictionary of layer names, and a `Routing` for the name of each mixture."""
+        new, routings = {}, {}
         for i in range(self.size):
             name = f"layer_{i}"
             layer_cache = None if cached is None else cached[name]
-            h, new[name] = getattr(self, name)(h, place, slots, rotation, layer_cache, fold_in(key, i))
-        return h, None if cached is None else new
+            layer = getattr(self, name)
+            h, new[name], routing = layer(h, place, slots, rotation, layer_cache, fold_in(key, i), bias, source)
+            routings |= {} if routing is None else {name: routing}
+        return h, None if cached is None else new, routings
 
 
 class Stack(nnx.Module):
-    """All groups; every weight of `self.groups` has a first dimension "layers".
+    """All groups; every weight of `self.groups` has a first dimension "layers", of as many sets as there are.
 
     With `pipeline_repeats` above 1 that dimension is split into ("repeats", "layers"), because each stage of a pipeline
     then holds several runs of layers; the order stays.
@@ -74,7 +92,8 @@ class Stack(nnx.Module):
         self.microbatches = config.pipeline_microbatches
         self.unroll = config.layer_loop == "unroll"
         self.remat = config.remat
-        keys = jax.random.split(rngs.params(), self.count)
+        self.sets, self.sharing = config.layer_sets(), config.share_layers
+        keys = jax.random.split(rngs.params(), self.sets)
         make, lead = nnx.vmap(lambda key: Group(config, nnx.Rngs(key))), ("layers",)
         if self.repeats > 1:
             keys = keys.reshape(self.repeats, -1)
@@ -83,56 +102,115 @@ class Stack(nnx.Module):
         for _, node in nnx.iter_graph(self.groups):
             if isinstance(node, nnx.Param):
                 node.set_metadata(axes=(*lead, *node.get_metadata("axes")))
+        self.deltas = _deltas(config, self.groups, self.count, rngs) if config.share_rank else None
 
     def __call__(
-        self, h: jax.Array, place: Place, slots: Place | None, rotation: Any, cached: Any, key: jax.Array | None
-    ) -> tuple[jax.Array, Any]:
-        """As `Block`, with `cached` the `layers` of a `model.cache.Cache`."""
+        self,
+        h: jax.Array,
+        place: Place,
+        slots: Place | None,
+        rotation: Any,
+        cached: Any,
+        key: jax.Array | None,
+        bias: jax.Array | None = None,
+        source: Source | None = None,
+    ) -> tuple[jax.Array, Any, dict[str, Routing]]:
+        """As `Group`, with `cached` the `layers` of a `model.cache.Cache` and every `Routing` stacked [groups, ...]."""
         graphdef, state = nnx.split(self.groups)
-        weights, side = nnx.to_pure_dict(state), (place, rotation, key)
+        weights, side = nnx.to_pure_dict(state), (place, rotation, key, bias, source)
+        deltas = {} if self.deltas is None else nnx.to_pure_dict(nnx.state(self.deltas))
 
-        def group(h: jax.Array, side: Any, weights: Any, cached: Any, index: Any) -> tuple[jax.Array, Any]:
-            place, rotation, key = side
-            return nnx.merge(graphdef, nnx.State(weights))(h, place, slots, rotation, cached, fold_in(key, index))
+        def group(h: jax.Array, side: Any, weights: Any, cached: Any, index: Any) -> tuple[jax.Array, Any, Any]:
+            place, rotation, key, bias, source = side
+            model = nnx.merge(graphdef, nnx.State(weights))
+            return model(h, place, slots, rotation, cached, fold_in(key, index), bias, source)
 
         if cached is None and rules.devices_along("layers") > 1:
-            return self._pipelined(group, weights, h, side), None
+            h, routings = self._pipelined(group, weights, h, side)
+            return h, None, jax.tree.map(lambda a: a.reshape(-1, *a.shape[2:]), routings)
         weights = joined(weights, self.repeats)
         group = self._rematerialized(group)
 
-        def body(h: jax.Array, weights: Any, cached: Any, index: Any) -> tuple[jax.Array, Any]:
-            return group(h, side, weights, cached, index)
+        def body(h: jax.Array, weights: Any, deltas: Any, cached: Any, index: Any) -> tuple[jax.Array, Any]:
+            h, new, routings = group(h, side, applied(weights, deltas), cached, index)
+            return h, (new, routings)
 
         if not self.unroll:
-            return jax.lax.scan(lambda h, x: body(h, *x), h, (weights, cached, jax.numpy.arange(self.count)))
-        new = []
-        for index, parts in enumerate(unstacked(weights, self.count)):
-            h, group_cache = body(h, parts, None if cached is None else cached[index], index)
-            new.append(group_cache)
-        return h, None if cached is None else new
+            h, (new, routings) = self._scanned(body, h, weights, (deltas, cached, jax.numpy.arange(self.count)))
+            return h, new, routings
+        results = []
+        sets, deltas = unstacked(weights, self.sets), unstacked(deltas, self.count)
+        for index in range(self.count):
+            number = index % self.sets if self.sharing == "alternate" else index * self.sets // self.count
+            h, result = body(h, sets[number], deltas[index], None if cached is None else cached[index], index)
+            results.append(result)
+        new, routings = zip(*results, strict=True)
+        routings = jax.tree.map(lambda *parts: jax.numpy.stack(parts), *routings)
+        return h, None if cached is None else list(new), routings
+
+    def _scanned(self, body: Callable, h: jax.Array, weights: Any, own: Any) -> tuple[jax.Array, Any]:
+        """All groups as one loop, or, where they share weights, as two: over the sets and over the groups of a set.
+
+        `own` is what each group has to itself, with a first dimension `count`.
+        """
+        if self.sharing == "none":
+            return jax.lax.scan(lambda h, x: body(h, x[0], *x[1]), h, (weights, own))
+
+        def in_turn(h: jax.Array, own: Any) -> tuple[jax.Array, Any]:
+            return jax.lax.scan(lambda h, x: body(h, x[0], *x[1]), h, (weights, own))
+
+        def again(h: jax.Array, x: tuple[Any, Any]) -> tuple[jax.Array, Any]:
+            return jax.lax.scan(lambda h, own: body(h, x[0], *own), h, x[1])
+
+        alternate = self.sharing == "alternate"
+        outer = self.count // self.sets if alternate else self.sets
+        own = jax.tree.map(lambda a: a.reshape(outer, -1, *a.shape[1:]), own)
+        h, new = jax.lax.scan(in_turn, h, own) if alternate else jax.lax.scan(again, h, (weights, own))
+        return h, jax.tree.map(lambda a: a.reshape(self.count, *a.shape[2:]), new)
 
     def _rematerialized(self, function: Callable) -> Callable:
         if self.remat == "none":
             return function
         return jax.checkpoint(function, policy=remat_policy(self.remat), prevent_cse=self.unroll)
 
-    def _pipelined(self, group: Callable, weights: Any, h: jax.Array, side: Any) -> jax.Array:
-        """As `__call__` for training: the groups in parts, on the stages of the mesh."""
+    def _pipelined(self, group: Callable, weights: Any, h: jax.Array, side: Any) -> tuple[jax.Array, Any]:
+        """As `__call__` for training: the groups in parts, on the stages of the mesh; no cache."""
         if self.repeats == 1:
             weights = jax.tree.map(lambda w: w[None], weights)
 
-        def at(h: jax.Array, side: Any, weights: Any, repeat: jax.Array, i: jax.Array, index: jax.Array) -> jax.Array:
-            return group(h, side, jax.tree.map(lambda w: w[repeat, i], weights), None, index)[0]
+        def at(h: jax.Array, side: Any, weights: Any, repeat: jax.Array, i: jax.Array, index: jax.Array) -> Any:
+            h, _, routings = group(h, side, jax.tree.map(lambda w: w[repeat, i], weights), None, index)
+            return h, routings
 
         at = self._rematerialized(at)  # Weights are taken inside: taken outside, every tick would save its own.
 
-        def part(weights: Any, repeat: jax.Array, h: jax.Array, side: Any, first: jax.Array) -> jax.Array:
-            def body(h: jax.Array, i: jax.Array) -> tuple[jax.Array, None]:
-                return at(residual(h), side, weights, repeat, i, first + i), None
+        def part(weights: Any, repeat: jax.Array, h: jax.Array, side: Any, first: jax.Array) -> tuple[jax.Array, Any]:
+            def body(h: jax.Array, i: jax.Array) -> tuple[jax.Array, Any]:
+                return at(residual(h), side, weights, repeat, i, first + i)
 
-            return jax.lax.scan(body, h, jax.numpy.arange(jax.tree.leaves(weights)[0].shape[1]))[0]
+            return jax.lax.scan(body, h, jax.numpy.arange(jax.tree.leaves(weights)[0].shape[1]))
 
         return pipeline(part, weights, h, side, self.microbatches or rules.devices_along("layers"))
+
+
+def _deltas(config: ModelConfig, groups: Group, count: int, rngs: nnx.Rngs) -> nnx.Dict:
+    """Low-rank factors for every matrix of `groups`, a pair for each of `count` groups; nested as the matrices are."""
+
+    def pairs(node: Any) -> nnx.Dict:
+        found = {}
+        for name, part in node.items():
+            if name == "kernel":
+                shape, axes = part.get_value().shape, part.get_metadata("axes")
+                both = factors((count, *shape[1:]), axes, config.share_rank)
+                found[name] = nnx.Dict(
+                    lora_a=parameter(rngs, *both["lora_a"], config.weight_dtype, lambda key, s: draw_a(key, s, axes)),
+                    lora_b=parameter(rngs, *both["lora_b"], config.weight_dtype, zeros),
+                )
+            elif not isinstance(part, nnx.Variable) and (below := pairs(part)):
+                found[name] = below
+        return nnx.Dict(found)
+
+    return pairs(nnx.state(groups))
 
 
 def joined(weights: Any, repeats: int) -> Any:
@@ -150,7 +228,8 @@ def unstacked(weights: Any, count: int) -> list[Any]:
 
 def unstack(weights: dict[str, Any], repeats: int = 1) -> dict[str, Any]:
     """Turns the stacked arrays of a whole model's weights into tuples once, for loops that would slice them often."""
-    return weights | {"stack": jax.tree.map(_split, joined(weights["stack"], repeats))}
+    stacks = weights.keys() & {"stack", "encoder", "decoder"}
+    return weights | {name: jax.tree.map(_split, joined(weights[name], repeats)) for name in stacks}
 
 
 def _split(array: jax.Array) -> tuple[jax.Array, ...]:

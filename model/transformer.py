@@ -22,9 +22,11 @@ from model.cache import Cache, write_slots
 from model.config import ModelConfig
 from model.dropout import dropout, fold_in
 from model.linear import Linear, initializer, matmul, parameter
+from model.memory import Memory, recall, remember
+from model.moe import Routing
 from model.norms import Norm
 from model.positions import sinusoidal
-from model.rope import rotation
+from model.rope import Rope, rotations
 from model.stack import Stack
 from tpu import rules
 
@@ -100,56 +102,90 @@ class Head(nnx.Module):
 
 
 class Transformer(nnx.Module):
-    """Embedding, stack of layers, final norm (pre-norm only) and head."""
+    """Embedding, stack of layers, final norm (but for post-norm) and head."""
 
     def __init__(self, config: ModelConfig, rngs: nnx.Rngs):
         self.positions, self.dropout_rate = config.positions, config.embedding_dropout
-        self.embed_dim, self.head_dim, self.rope_theta = config.embed_dim, config.head_dim, config.rope_theta
+        self.embed_dim = config.embed_dim
+        self.rope = Rope.of(config) if config.positions == "rope" else None
+        self.embedding_scale = config.embed_dim**0.5 if config.scale_embedding else 1.0
         learned = config.positions == "learned"
         self.embedding = Embedding(config, config.vocab_size, "vocab", rngs)
         self.position_embedding = Embedding(config, config.max_positions, "positions", rngs) if learned else None
         self.stack = Stack(config, rngs)
-        self.final_norm = Norm(config, config.embed_dim, "norm", rngs) if config.norm_order == "pre" else None
+        self.final_norm = Norm(config, config.embed_dim, "norm", rngs) if config.norm_order != "post" else None
         self.head = Head(config, self.embedding, rngs)
 
     def __call__(
-        self, tokens: jax.Array, place: Place, cache: Cache | None = None, key: jax.Array | None = None
-    ) -> tuple[jax.Array, Cache | None]:
+        self,
+        tokens: jax.Array,
+        place: Place,
+        cache: Cache | Memory | None = None,
+        key: jax.Array | None = None,
+        keys: Place | None = None,
+        positions: jax.Array | None = None,
+    ) -> tuple[jax.Array, Cache | Memory | None]:
         """tokens [B, T] int32 at `place` -> (final hidden states [B, T, D], the cache with these tokens in it).
 
         Args:
-          cache: where earlier tokens of the rows are; None for training.
+          cache: where earlier tokens of the rows are; in training None, or the memory of the rows before.
           key: [B] keys for dropout; None for none.
+          keys: without a cache, where the tokens stand for those that look at them, if not at `place`: in another
+            segment, padding is seen by nobody and yet may look.
+          positions: [B, T] int32, what is embedded or turned by, if not the order of tokens in `place`; no memory then.
         """
+        return self.routed(tokens, place, cache, key, keys, positions)[:2]
+
+    def routed(
+        self,
+        tokens: jax.Array,
+        place: Place,
+        cache: Cache | Memory | None = None,
+        key: jax.Array | None = None,
+        keys: Place | None = None,
+        positions: jax.Array | None = None,
+    ) -> tuple[jax.Array, Cache | Memory | None, dict[str, Routing]]:
+        """As a call, and what the routers of mixtures of experts did, stacked [groups, ...] by layer of a group."""
+        positions = place.positions if positions is None else positions
         key, stack_key = fold_in(key, 0), fold_in(key, 1)
         with jax.named_scope("embedding"):
             h = self.embedding(tokens)
+            h = h if self.embedding_scale == 1.0 else h * self.embedding_scale
             if self.position_embedding is not None:
-                h = h + self.position_embedding(place.positions)
+                h = h + self.position_embedding(positions)
             elif self.positions == "sinusoidal":
-                h = h + sinusoidal(place.positions, self.embed_dim).astype(h.dtype)
+                h = h + sinusoidal(positions, self.embed_dim).astype(h.dtype)
             h = dropout(residual(h), self.dropout_rate, key)
-        turn = rotation(place.positions, self.head_dim, self.rope_theta) if self.positions == "rope" else None
-        slots = None if cache is None else write_slots(cache.slots, place)
-        h, layers = self.stack(h, place, slots, turn, None if cache is None else cache.layers, stack_key)
+        slots, layers, written, turned = keys, None, None, place._replace(positions=positions)
+        if isinstance(cache, Memory):
+            slots, layers = recall(cache, place, self.stack.unroll)
+            turned = slots
+        elif cache is not None:
+            written = slots = write_slots(cache.slots, place)
+            layers = cache.layers
+        turn = None if self.rope is None else rotations(self.rope, turned, written)
+        h, layers, routings = self.stack(h, place, slots, turn, layers, stack_key)
         if self.final_norm is not None:
             h = self.final_norm(h)
-        return h, None if cache is None else Cache(slots, layers)
+        if isinstance(cache, Memory):
+            return h, remember(slots, layers, tokens.shape[1]), routings
+        return h, None if cache is None else Cache(slots, layers), routings
 
 
-def build(config: ModelConfig) -> tuple[nnx.GraphDef, Weights, Any]:
+def build(config: ModelConfig, make: type[nnx.Module] = Transformer) -> tuple[nnx.GraphDef, Weights, Any]:
     """The graph, the abstract weights (jax.ShapeDtypeStruct) and, alike in structure, each weight's logical axes.
 
-    Allocates nothing and touches no device. `config` must be `resolved` and `placed`.
+    Allocates nothing and touches no device. `config` must be `resolved` and `placed`; `make` is the class of its kind
+    (`model.kinds.MAKE`).
     """
-    graphdef, state = nnx.split(nnx.eval_shape(lambda: Transformer(config, nnx.Rngs(0))))
+    graphdef, state = nnx.split(nnx.eval_shape(lambda: make(config, nnx.Rngs(0))))
     axes = jax.tree.map(lambda p: p.get_metadata("axes"), state, is_leaf=lambda n: isinstance(n, nnx.Variable))
     return graphdef, nnx.to_pure_dict(state), nnx.to_pure_dict(axes)
 
 
-def init(config: ModelConfig, key: jax.Array) -> Weights:
+def init(config: ModelConfig, key: jax.Array, make: type[nnx.Module] = Transformer) -> Weights:
     """Draws the weights; call inside `jax.jit` with `out_shardings` to lay them out as they are made."""
-    return nnx.to_pure_dict(nnx.state(Transformer(config, nnx.Rngs(key))))
+    return nnx.to_pure_dict(nnx.state(make(config, nnx.Rngs(key))))
 
 
 def bind(graphdef: nnx.GraphDef, weights: Weights) -> Transformer:

@@ -33,6 +33,7 @@ if TYPE_CHECKING:
 
 if __name__ == "__main__":
     flags.DEFINE_string("checkpoint", None, "workdir of a run, or one of its step directories")
+    flags.DEFINE_string("base", None, "of an adapter's checkpoint: where its base lies now; default: where it was")
     flags.DEFINE_multi_string("prompt", [], "text to continue; may be given several times; none: from the start")
     flags.DEFINE_string("prompt_file", None, "file with one more prompt, taken as it stands; -: standard input")
     flags.DEFINE_integer("max_tokens", 128, "most tokens to generate")
@@ -173,8 +174,11 @@ class Completion:
 
 
 def prompt_tokens(tokenizer: Tokenizer, prompt: str) -> list[int]:
-    """What the model reads: a document begins with the end-of-document token (see train.data.packing)."""
-    return [tokenizer.end_of_document, *tokenizer.encode(prompt)]
+    """What the model reads: a document begins with the end-of-document token (see train.data.packing).
+
+    An imported model that was trained with another token there gets that.
+    """
+    return [tokenizer.beginning, *tokenizer.encode(prompt)]
 
 
 def check_length(config: ModelConfig, prompt_length: int, max_tokens: int) -> None:
@@ -257,10 +261,10 @@ def main() -> int:
         request.check()
     # Only now: loading jax and a checkpoint takes seconds.
     from model.decode import decoding_weights, make_decoder
-    from model.transformer import build
+    from model.kinds import build
     from train.restore import open_checkpoint
 
-    trained = open_checkpoint(pathlib.Path(options.checkpoint), "ema" if options.ema else "weights")
+    trained = open_checkpoint(pathlib.Path(options.checkpoint), "ema" if options.ema else "weights", options.base)
     config, tokenizer, step_dir = trained.experiment.model, trained.tokenizer, trained.step_dir
     if options.compute_dtype != "auto" or config.platform == "cpu":
         # One row at a time, products wait for memory: bfloat16 gains nothing on CPU.

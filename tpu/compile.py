@@ -13,7 +13,6 @@ import dataclasses
 import importlib.metadata
 import importlib.util
 import json
-import math
 import os
 import pathlib
 import tempfile
@@ -75,18 +74,16 @@ def compile_step(experiment: Experiment, topology: str, slices: int = 1) -> Repo
     import jax
 
     from tpu.report import make_report
-    from train.data.batch import Batch
-    from train.step import make_program
+    from train.step import abstract_batch, make_program
 
     experiment, found, mesh = place(experiment, topology, slices)
-    shape = (experiment.data.batch_size, experiment.data.context)
-    batch = Batch(*(jax.ShapeDtypeStruct(shape, "float32" if f == "loss_weights" else "int32") for f in Batch._fields))
     with jax.set_mesh(mesh):
         program = make_program(experiment, mesh)
-        compiled = compile_and_read(program.step.lower(program.abstract_state, batch), found)
+        compiled = compile_and_read(program.step.lower(program.abstract_state, abstract_batch(experiment)), found)
     state = program.abstract_state
     parts = {"weights": state.weights, "optimizer": state.optimizer_state, "ema": state.ema}
-    return make_report("train", experiment, found, mesh, compiled, parts, math.prod(shape), experiment.data.context)
+    tokens = experiment.data.batch_size * experiment.data.context
+    return make_report("train", experiment, found, mesh, compiled, parts, tokens, experiment.data.context)
 
 
 def compile_decode(experiment: Experiment, topology: str, slices: int, rows: int, context: int) -> Report:

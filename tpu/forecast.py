@@ -17,7 +17,7 @@ import dataclasses
 import math
 from typing import Any
 
-from model.config import ModelConfig
+from model.config import GATED, ModelConfig
 from tpu.chips import Topology
 from tpu.hlo_collectives import Collective
 from tpu.pipeline import bubble_fraction
@@ -71,7 +71,7 @@ def forecast(experiment: Experiment, topology: Topology, mesh: Any) -> Forecast:
     products = groups.tokens * own * (6 + 2 * again) / (1 - bubble)
     products += 6 * groups.tokens * table / (sizes.tensor * sizes.stage)
     seen = sum(
-        min(experiment.data.context, model.window) if k == "local" else experiment.data.context / 2
+        experiment.data.context / 2 if k == "global" else model.keys_seen(k, experiment.data.context)
         for k in model.pattern
     )
     keys = seen / len(model.pattern)
@@ -93,17 +93,37 @@ def forecast(experiment: Experiment, topology: Topology, mesh: Any) -> Forecast:
     return Forecast(arguments, temporary, int(products), compute, network, collectives)
 
 
-def layer_weights(model: ModelConfig) -> int:
-    """Weights of one layer's matrices."""
-    gated = model.activation in ("swiglu", "geglu")
+def layer_weights(model: ModelConfig) -> float:
+    """Weights of one layer's matrices that a token meets; the mean of layers where some are mixtures of experts."""
     attention = (2 * model.heads + 2 * model.kv_heads) * model.head_dim * model.embed_dim
-    return attention + (3 if gated else 2) * model.embed_dim * model.mlp_dim
+    return attention + _projections(model) * model.embed_dim * mlp_columns(model)
+
+
+def idle_weights(model: ModelConfig) -> float:
+    """Weights of one layer's experts that a token does not meet; the mean of layers."""
+    others = (model.experts - model.experts_per_token) * model.expert_dim * _mixtures(model)
+    return _projections(model) * model.embed_dim * others
+
+
+def mlp_columns(model: ModelConfig) -> float:
+    """Columns of the feed-forward blocks that a token meets in one layer; the mean of layers."""
+    mixtures = _mixtures(model)
+    met = (model.experts_per_token + model.shared_experts) * model.expert_dim
+    return mixtures * met + (1 - mixtures) * model.mlp_dim
+
+
+def _mixtures(model: ModelConfig) -> float:
+    return sum(map(model.mixes, range(len(model.pattern)))) / len(model.pattern)
+
+
+def _projections(model: ModelConfig) -> int:
+    return 3 if model.activation in GATED else 2
 
 
 def recomputed(model: ModelConfig) -> float:
     """The share of a layer's products that the backward pass does again, by `model.remat`."""
     layer = layer_weights(model)
-    last = model.embed_dim * model.mlp_dim  # the last product is never needed again
+    last = model.embed_dim * mlp_columns(model)  # the last product is never needed again
     into_mlp = layer - (2 * model.heads + 2 * model.kv_heads) * model.head_dim * model.embed_dim - last
     queries = (model.heads + 2 * model.kv_heads) * model.head_dim * model.embed_dim
     return {
@@ -116,9 +136,9 @@ def recomputed(model: ModelConfig) -> float:
 
 def saved_per_token(model: ModelConfig, tensor: int) -> float:
     """Bytes that the forward pass of one layer saves for one token on one device of `tensor`."""
-    parts = 2 if model.activation in ("swiglu", "geglu") else 1
+    parts = 2 if model.activation in GATED else 1
     heads = (model.heads + 2 * model.kv_heads) * model.head_dim
-    attended, mlp = model.heads * model.head_dim, parts * model.mlp_dim
+    attended, mlp = model.heads * model.head_dim, parts * mlp_columns(model)
     numbers = {
         "full": 0,
         "offload_projections": 0,
@@ -152,18 +172,20 @@ def _memory(
     states = {"adamw": 2, "muon": 2, "adafactor": 0.01}.get(experiment.optimizer.name, 1)
     states += 1 if experiment.optimizer.ema_decay else 0
     spread = tables / (shards * sizes.tensor * sizes.stage)
-    in_parts = own / shards + spread
-    whole = in_parts if sizes.zero == 3 else own + tables / (sizes.tensor * sizes.stage)
+    idle = idle_weights(model)
+    held = own + idle * model.layers / (sizes.tensor * sizes.stage)
+    in_parts = held / shards + spread
+    whole = in_parts if sizes.zero == 3 else held + tables / (sizes.tensor * sizes.stage)
     arguments = 4 * whole + 4 * states * in_parts
-    gradients = 2 * (in_parts if sizes.zero == 3 else own) * (2 if groups.accumulation > 1 else 1)
+    gradients = 2 * (in_parts if sizes.zero == 3 else held) * (2 if groups.accumulation > 1 else 1)
     rounded = 2 * whole
     layers = model.layers / sizes.stage
     # A pipeline saves what every tick reads; without one, every micro-batch of an accumulation is done before the next.
     kept = groups.at_once * layers * saved_per_token(model, sizes.tensor) * groups.ticks / groups.repeats
-    mlp = model.mlp_dim * (3 if model.activation in ("swiglu", "geglu") else 2)
+    mlp = mlp_columns(model) * _projections(model)
     working = 2 * groups.at_once * (4 * model.embed_dim + (mlp + 4 * model.heads * model.head_dim) / sizes.tensor)
     copies = 3 if gather == "all-reduce" else 2  # of a layer's gathered weights; zeros take as much again
-    gathered = 2 * copies * layer / sizes.tensor if shards > 1 and sizes.zero == 3 else 0
+    gathered = 2 * copies * (layer + idle / sizes.expert) / sizes.tensor if shards > 1 and sizes.zero == 3 else 0
     stages = 6 * 2 * groups.tokens / groups.accumulation * model.embed_dim / sizes.tensor if sizes.stage > 1 else 0
     head = 6 * table + LOGITS_BYTES
     return int(arguments), int(gradients + rounded + kept + max(working + gathered, head) + stages)
@@ -186,6 +208,13 @@ def _collectives(
             rows.append(Collective(kind, "+".join(axes), size, network, 1, int(count), int(bytes_)))
 
     passes = groups.accumulation * groups.ticks / groups.repeats
+    if model.experts:
+        # Of the experts a device gathers its own alone, and all it sums is counted as if it were so too.
+        met = (model.experts_per_token * _mixtures(model)) * model.expert_dim * _projections(model) * model.embed_dim
+        own += ((met + idle_weights(model)) / sizes.expert - met) * model.layers / (sizes.tensor * sizes.stage)
+        slots = groups.tokens * model.experts_per_token * (model.capacity_factor or 1)
+        moved = 2 * slots * model.embed_dim * model.layers * _mixtures(model) / sizes.stage
+        add("all-to-all", ("expert",), moved * (4 if recomputed(model) == 0 else 6), 6 * model.layers)
     if sizes.zero == 3:
         add(gather, ZERO_AXES, 2 * 2 * own * passes + 2 * tables, 2 * model.layers * passes)
         add(scatter, ZERO_AXES, 2 * own * passes + 2 * tables, model.layers * passes)

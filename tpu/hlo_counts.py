@@ -34,8 +34,9 @@ class Kernel:
     """An opaque call: a Pallas kernel on TPU, cuDNN's attention on GPU."""
 
     name: str
-    elements: int  # of its first operand of four dimensions; of attention these are the queries
+    elements: int  # of its first operand of more than two dimensions; of attention these are the queries
     count: int
+    flops: int = 0  # of one run, where it is a grouped product of mixtures of experts, its empty rows included
 
 
 @dataclasses.dataclass
@@ -76,9 +77,11 @@ def count(
         if instruction.opcode in ("dot", "convolution"):
             counts.matmul_flops += visit.times * matmul_flops(instruction, visit.computation)
         elif instruction.opcode == "custom-call" and (name := kernel_name(instruction)):
-            operands = (arrays(visit.computation.instructions[operand].type) for operand in instruction.operands)
-            sizes = (math.prod(array[0].shape) for array in operands if len(array[0].shape) == 4)
-            counts.kernels.append(Kernel(name, next(sizes, 0), visit.times))
+            operands = [arrays(visit.computation.instructions[o].type)[0] for o in instruction.operands]
+            # A batch of one row has no dimension of its own; masks are arrays of integers.
+            sizes = (math.prod(a.shape) for a in operands if len(a.shape) > 2 and a.dtype in ("f32", "bf16", "f16"))
+            flops = grouped_flops(name, [a.shape for a in operands], arrays(instruction.type)[0].shape)
+            counts.kernels.append(Kernel(name, next(sizes, 0), visit.times, flops))
         if visit.fusion is None:
             if found := re.search(r'"estimated_cycles":"(\d+)"', instruction.line):
                 counts.cycles += visit.times * int(found[1])
@@ -108,6 +111,14 @@ def kernel_name(instruction: Instruction) -> str:
     if target == "tpu_custom_call":
         return instruction.name.rstrip(".0123456789")
     return target.removeprefix("__") if target.startswith("__cudnn$fmha") else ""
+
+
+def grouped_flops(name: str, operands: list[tuple[int, ...]], result: tuple[int, ...]) -> int:
+    """Operations of a kernel that multiplies groups of rows [N, I] by matrices [I, O], or by rows [N, O]; else 0."""
+    rows = next((shape for shape in operands if len(shape) == 2), (0, 0))
+    if name.startswith("ragged-dot") and len(result) == 2:
+        return 2 * math.prod(result) * rows[1]
+    return 2 * math.prod(result[1:]) * rows[0] if name.startswith("tgmm") else 0
 
 
 def matmul_flops(instruction: Instruction, computation: Computation) -> int:

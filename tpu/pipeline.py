@@ -28,19 +28,20 @@ def bubble_fraction(stages: int, repeats: int, microbatches: int) -> float:
 
 
 def pipeline(
-    part: Callable[[Any, jax.Array, jax.Array, Any, jax.Array], jax.Array],
+    part: Callable[[Any, jax.Array, jax.Array, Any, jax.Array], tuple[jax.Array, Any]],
     weights: Any,
     x: jax.Array,
     side: Any,
     microbatches: int,
-) -> jax.Array:
+) -> tuple[jax.Array, Any]:
     """Sends the rows of x through all layers, as parts that lie on the devices of the stage axis.
 
     Call under `jax.set_mesh` with a stage axis above 1; every other axis stays automatic inside `part`.
 
     Args:
       part: (weights of the stage [R, P, ...], repeat, activations [b, ...], side of these rows, number of the first
-        group of layers) -> activations. What it takes of the weights inside a `jax.checkpoint` is not saved.
+        group of layers) -> (activations, figures: pytree of [P, ...] leaves, sums over the rows). What it takes of the
+        weights inside a `jax.checkpoint` is not saved.
       weights: leaves [R, S * P, ...], their second dimension cut along the stage axis; the order of the groups of
         layers is the order of the leaves' first two dimensions.
       x: activations [B, ...] before the first layer.
@@ -48,7 +49,7 @@ def pipeline(
       microbatches: M, a multiple of S that divides B.
 
     Returns:
-      The activations [B, ...] after the last layer.
+      The activations [B, ...] after the last layer, and the figures [R, S * P, ...] summed over all rows.
     """
     mesh = jax.sharding.get_abstract_mesh()
     stages, repeats = mesh.shape[STAGE], jax.tree.leaves(weights)[0].shape[0]
@@ -60,22 +61,27 @@ def pipeline(
         # Every M-th row, not every run of B / M: each device then keeps the rows it has.
         return a.reshape(-1, microbatches, *a.shape[1:]).swapaxes(0, 1)
 
-    def run(numbers: jax.Array, weights: Any, x: jax.Array, side: Any) -> jax.Array:
+    def run(numbers: jax.Array, weights: Any, x: jax.Array, side: Any) -> tuple[jax.Array, Any]:
         stage = numbers[0]
 
-        def tick(carry: tuple[jax.Array, jax.Array], t: jax.Array) -> tuple[tuple[jax.Array, jax.Array], None]:
-            h, done = carry
+        def tick(carry: tuple[jax.Array, jax.Array, Any], t: jax.Array) -> tuple[tuple, None]:
+            h, done, sums = carry
             # Before its first and after its last item a stage does one of them again, and nobody reads the result.
             item = jnp.clip(t - stage, 0, microbatches * repeats - 1)
             repeat = item // stages % repeats
             row = item // (repeats * stages) * stages + item % stages
             h = jnp.where((stage == 0) & (repeat == 0), x[row], h)
             first = (repeat * stages + stage) * groups
-            h = part(weights, repeat, h, jax.tree.map(lambda a: a[row], side), first)
+            h, figures = part(weights, repeat, h, jax.tree.map(lambda a: a[row], side), first)
             done = done.at[row].set(jnp.where(repeat == repeats - 1, h, done[row]))
-            return (jax.lax.ppermute(h, STAGE, ring), done), None
+            counts = item == t - stage
+            sums = jax.tree.map(lambda s, f: s.at[repeat].add(jnp.where(counts, f, 0)), sums, figures)
+            return (jax.lax.ppermute(h, STAGE, ring), done, sums), None
 
-        return jax.lax.scan(tick, (x[0], x), jnp.arange(ticks))[0][1][None]
+        shapes = jax.eval_shape(part, weights, 0, x[0], jax.tree.map(lambda a: a[0], side), 0)[1]
+        zeros = jax.tree.map(lambda f: jnp.zeros((repeats, *f.shape), f.dtype), shapes)
+        _, done, sums = jax.lax.scan(tick, (x[0], x, zeros), jnp.arange(ticks))[0]
+        return done[None], sums
 
     along = PartitionSpec(STAGE)
     staged = jax.shard_map(
@@ -84,7 +90,7 @@ def pipeline(
         axis_names={STAGE},
         check_vma=False,  # so that `part` may hold shard_maps of its own
         in_specs=(along, PartitionSpec(None, STAGE), PartitionSpec(), PartitionSpec()),
-        out_specs=along,
+        out_specs=(along, PartitionSpec(None, STAGE)),
     )
-    done = staged(jnp.arange(stages), weights, split(x), jax.tree.map(split, side))[-1]
-    return done.swapaxes(0, 1).reshape(x.shape)
+    done, sums = staged(jnp.arange(stages), weights, split(x), jax.tree.map(split, side))
+    return done[-1].swapaxes(0, 1).reshape(x.shape), sums

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import jax
 from jax.sharding import Mesh
 
-from model import transformer
+from model import kinds
 from model.config import ModelConfig
 from tpu import hlo, rules
 from tpu.chips import Topology, smallest
@@ -60,7 +60,7 @@ class Report:
     largest: list[dict[str, Any]]  # leaf, bytes: the largest arguments on one chip
     largest_temporaries: list[dict[str, Any]]  # type, operation, bytes: the largest arrays made on the way
     matmul_flops_per_chip: int
-    kernel_flops_per_chip: int  # of attention kernels
+    kernel_flops_per_chip: int  # of attention and of grouped products
     kernels: list[dict[str, Any]]
     model_flops: int  # of all chips, as train.summary counts them
     compiler_seconds: float | None  # libtpu's estimated cycles over the clock; neither collectives nor kernels
@@ -100,7 +100,7 @@ def make_report(
     if compiled.text:
         module = hlo.parse(compiled.text)
         counts = count(module, *arrangement)
-    _, weights, axes = transformer.build(experiment.model)
+    _, weights, axes = kinds.build(experiment.model)
     # A forward pass is a third of a training step.
     model_flops = flops_per_token(experiment.model, weights, context) * tokens // (1 if train else 3)
     memory = {name: _bytes(tree) for name, tree in parts.items()}
@@ -114,6 +114,7 @@ def make_report(
     fits = compiled.fits and (chip is None or memory["peak"] <= memory["hbm"])
     missing = 0 if fits else max(0, memory["peak"] - memory["hbm"])
     kernel_flops = attention_kernel_flops(counts.kernels, experiment.model, context)
+    kernel_flops += sum(kernel.count * kernel.flops for kernel in counts.kernels)
     report = Report(
         name=experiment.name,
         program=program,
@@ -218,7 +219,8 @@ def attention_kernel_flops(kernels: list[Kernel], model: ModelConfig, context: i
     A kernel multiplies queries with keys, and scores with values; its backward pass repeats the first and multiplies
     for the gradients of scores, queries, keys and values, which splash does in two kernels ("dkv" and "dq").
     """
-    seen = [min(model.window, context) if kind == "local" else context for kind in model.pattern]
+    with_kernels = [kind for kind in model.pattern if kind in ("global", "local")] or ["global"]
+    seen = [min(model.window, context) if kind == "local" else context for kind in with_kernels]
     pairs = sum(width * (width + 1) / 2 + (context - width) * width for width in seen) / len(seen)  # of a row's tokens
     total = 0.0
     for kernel in kernels:
@@ -247,7 +249,7 @@ def print_report(report: Report) -> None:
         print(f"  temporary {row['type']}: {human_bytes(row['bytes'])}, {row['operation']}")
     exchanges = f", that one in {report.exchange_every} which exchanges" if report.exchange_every > 1 else ""
     print(f"\none step of one chip{exchanges}")
-    print(f"  matmul FLOPs {report.matmul_flops_per_chip:.4g}, attention kernels {report.kernel_flops_per_chip:.4g}")
+    print(f"  matmul FLOPs {report.matmul_flops_per_chip:.4g}, kernels {report.kernel_flops_per_chip:.4g}")
     if report.compiler_seconds is not None:
         print(f"  the compiler's estimate of its computations: {report.compiler_seconds:.4g} s")
     if report.roofline is not None:

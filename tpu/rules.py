@@ -30,6 +30,8 @@ RULES: dict[str, tuple[str, ...]] = {
     "layers": ("stage",),
     "positions": (),
     "norm": (),
+    "rank": (),  # of low-rank adapters, and the width of bottlenecks
+    "prefix": (),
     # activations
     "batch": ("data", "fsdp", "expert"),
     "sequence": ("sequence",),

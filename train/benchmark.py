@@ -12,13 +12,18 @@ import json
 import pathlib
 import statistics
 import time
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from absl import flags
 
 from tpu import host
 from train import entry
 from train.config import Experiment
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from train.data.batch import Batch
 
 WARM_UP_STEPS = 5  # On CPU the first steps still fault in the memory that later ones reuse.
 
@@ -64,25 +69,39 @@ def main() -> int:
     return 0
 
 
+def drawn_batch(experiment: Experiment) -> Batch:
+    """A batch of random tokens and labels, in which nothing is padding; numpy arrays."""
+    import numpy as np
+
+    from train.data.batch import Batch
+    from train.step import abstract_batch
+
+    rng = np.random.default_rng(0)
+    below = {"tokens": experiment.model.vocab_size, "inputs": experiment.model.vocab_size}
+    below["targets"] = experiment.model.labels or experiment.model.vocab_size
+
+    def draw(name: str, leaf: Any) -> np.ndarray | None:
+        if leaf is None:
+            return None
+        if name in ("loss_weights", "segments", "input_segments"):
+            return np.ones(leaf.shape, leaf.dtype)
+        if name == "positions":
+            return np.broadcast_to(np.arange(leaf.shape[1], dtype=leaf.dtype), leaf.shape)
+        return rng.integers(0, below.get(name, 2), leaf.shape).astype(leaf.dtype)
+
+    return Batch(**{name: draw(name, leaf) for name, leaf in abstract_batch(experiment)._asdict().items()})
+
+
 def training_figures(experiment: Experiment, steps: int, started: float) -> dict[str, Any]:
     """Seconds to the end of the first step since `started`, and the median over `steps` later ones."""
     import jax
-    import numpy as np
 
     from tpu.mesh import make_mesh
-    from train.data.batch import Batch
     from train.step import make_program
     from train.summary import flops_per_token, parameter_counts
 
     rows, tokens = experiment.data.batch_size, experiment.data.context
-    drawn = np.random.default_rng(0).integers(0, experiment.model.vocab_size, (rows, tokens + 1), dtype=np.int32)
-    batch = Batch(
-        tokens=drawn[:, :-1],
-        targets=drawn[:, 1:],
-        loss_weights=np.ones((rows, tokens), np.float32),
-        segments=np.ones((rows, tokens), np.int32),
-        positions=np.broadcast_to(np.arange(tokens, dtype=np.int32), (rows, tokens)),
-    )
+    batch = drawn_batch(experiment)
     mesh = make_mesh(experiment.mesh)
     seconds = []
     with jax.set_mesh(mesh):

@@ -4,7 +4,8 @@ A step directory `checkpoints/<step>/` holds one Orbax item per top-level field 
 `optimizer_state/`, ...), the item `meta/` (JSON: experiment, tokenizer, data position, ...) and `manifest.json` (see
 `train.manifest`). A tool that needs the weights reads, and verifies, nothing of the optimizer. Within an item the
 leaves are a flat dictionary by path (`weights.layers.mlp.kernel`), so any pytree can be saved: what is restored takes
-its structure from the caller's abstract tree.
+its structure from the caller's abstract tree. The step that an import makes (`model.hub`) holds weights alone, in one
+safetensors file, and a tool reads it as any other.
 
 Orbax's CheckpointManager saves asynchronously and commits by renaming. Which steps are kept is decided here: the
 manager would delete old steps as soon as the new one is committed, and that is before its manifest proves it.
@@ -31,10 +32,14 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
+from model import safetensors
+from model.load import assemble
 from tpu import distributed
 from tpu.errors import UserError
 from train import manifest
 from train.config import RunConfig
+
+WEIGHTS_FILE = "weights.safetensors"  # in place of what Orbax writes, in a step that was imported
 
 log = logging.getLogger(__name__)
 
@@ -217,6 +222,16 @@ def read_meta(step_dir: Path) -> dict[str, Any]:
     return json.loads((step_dir / "meta" / "metadata").read_text())
 
 
+def imported(directory: Path) -> Path | None:
+    """The step directory where the newest step in `directory` is an import, weights without a state; else None."""
+    step = latest_complete(directory)
+    return directory / str(step) if step is not None and _is_import(directory / str(step)) else None
+
+
+def _is_import(step_dir: Path) -> bool:
+    return (step_dir / "weights" / WEIGHTS_FILE).is_file()
+
+
 def load_weights(step_dir: Path, abstract_weights: Any, field: str = "weights") -> Any:
     """Restores one top-level field of the state, reading and verifying the contents of nothing else.
 
@@ -307,10 +322,21 @@ def _read(step_dir: Path, abstract: Any, field: str | None = None) -> Any:
     saved = manifest.read(step_dir)["leaves"]
     _check_leaves(step_dir, {p: leaf for p, leaf in saved.items() if field in (None, _field(p))}, targets)
     values = {}
+    if _is_import(step_dir):
+        tensors = safetensors.open_file(step_dir / "weights" / WEIGHTS_FILE)
+        values = {path: _mapped(path, tensors[path], _stored(target)) for path, target in targets.items()}
+        return jax.tree.unflatten(structure, list(values.values()))
     with ocp.Checkpointer(ocp.StandardCheckpointHandler()) as reader:
         for name, item in _by_field({p: _stored(target) for p, target in targets.items()}).items():
             values.update(reader.restore(step_dir.resolve() / name, args=ocp.args.StandardRestore(item)))
     return jax.tree.unflatten(structure, [_restored(values[path], target) for path, target in targets.items()])
+
+
+def _mapped(path: str, tensor: safetensors.Tensor, target: jax.ShapeDtypeStruct) -> jax.Array:
+    """A tensor in a mapped file as the array that `target` describes, a layer at a time where it holds all."""
+    return assemble(
+        target, int(".groups." in path), lambda where, region: tensor.copy(tensor.view()[(*where, *region)])
+    )
 
 
 def _check_leaves(step_dir: Path, saved: dict[str, Any], targets: dict[str, Any]) -> None:

@@ -4,6 +4,7 @@
 import dataclasses
 import functools
 import math
+import re
 import typing
 from typing import Any
 
@@ -28,7 +29,49 @@ class DataConfig:
     context: int = 256  # tokens per row
     batch_size: int = 12  # rows per step, over all devices
     prefetch: int = 4  # batches made ahead
+    contiguous: bool = False  # row b of a batch goes on where row b of the batch before ended (for model.memory)
     cache_dir: str = ""  # "": $FOURSIGHT_CACHE, else ~/.cache/foursight
+    label_field: str = "label"  # of labelled records (train.data.labelled)
+    pair_field: str = ""  # of labelled records: a second text, such as a question about the first; "": there is none
+    target_context: int = 0  # tokens of a sequence_to_sequence target; 0: data.context
+
+
+# What objective.name may be, and the model.kind and model.head that it trains.
+OBJECTIVES = {
+    "next_token": ("decoder", "language"),
+    "masked": ("encoder", "language"),  # BERT (arXiv:1810.04805, section 3.1)
+    "classification": ("encoder", "pooled"),
+    "regression": ("encoder", "pooled"),
+    "multi_label": ("encoder", "pooled"),
+    "token_classification": ("encoder", "token"),
+    "span": ("encoder", "token"),  # the first and last token of an answer
+    "span_corruption": ("encoder_decoder", "language"),  # T5 (arXiv:1910.10683, section 3.1.4)
+    "sequence_to_sequence": ("encoder_decoder", "language"),
+}
+# Objectives that read labelled records, and of these the ones whose head gives labels instead of tokens.
+LABELLED = ("classification", "regression", "multi_label", "token_classification", "span", "sequence_to_sequence")
+LABEL_HEADS = LABELLED[:-1]
+
+
+@dataclasses.dataclass
+class ObjectiveConfig:
+    """What is to be predicted."""
+
+    name: str = "next_token"  # one of OBJECTIVES
+    corruption: float = 0.15  # of masked and span_corruption: the share of tokens to predict
+    span_length: float = 3.0  # of span_corruption: the mean length of what is cut out
+    special_token: int = -1  # the mask, or the first sentinel, the others below it; -1: model.vocab_size - 1
+
+    def spans(self, context: int) -> tuple[int, int]:
+        """Of span_corruption: how many tokens of a row are cut out, and in how many spans."""
+        noise = min(max(round(context * self.corruption), 1), context - 1)
+        return noise, min(max(round(noise / self.span_length), 1), noise, context - noise)
+
+    def special_tokens(self, context: int) -> int:
+        """How many of the last ids of model.vocab_size must be no token of the tokenizer."""
+        if self.special_token >= 0:
+            return 0
+        return {"masked": 1, "span_corruption": self.spans(context)[1]}.get(self.name, 0)
 
 
 @dataclasses.dataclass
@@ -37,6 +80,8 @@ class LossConfig:
 
     label_smoothing: float = 0.0
     z_loss: float = 0.0  # weight of log(Z)^2 (PaLM, arXiv:2204.02311, section 5)
+    balance_loss: float = 0.0  # weight of the experts' load-balance loss (Switch: 0.01); see train.balance
+    router_z_loss: float = 0.0  # weight of the routers' z-loss (ST-MoE: 0.001)
     chunk_tokens: int = 0  # tokens whose logits exist at one time; 0: as many as make 64 MiB of logits
 
 
@@ -58,6 +103,7 @@ class OptimizerConfig:
     clip_norm: float = 1.0  # 0: no clipping
     accumulation: int = 1  # micro-batches per step
     ema_decay: float = 0.0  # 0: no moving average of the weights
+    router_bias_rate: float = 1e-3  # with model.router_bias: how far a step moves each of its entries
     offload: bool = False  # keep the optimizer's state in the hosts' memory (TPU, GPU)
     local_steps: int = 0  # steps that each copy of the weights along mesh.data takes by itself (DiLoCo); 0: synchronous
     outer_learning_rate: float = 0.7  # with local_steps: of SGD with Nesterov's momentum, on the copies' mean change
@@ -112,16 +158,36 @@ class RunConfig:
 
 
 @dataclasses.dataclass
+class AdapterConfig:
+    """What is trained beside frozen weights, by `train.finetune` (see train.adapters)."""
+
+    kind: str = "none"  # lora, dora, bottleneck, prefix, bias (BitFit); none: all weights are trained
+    targets: tuple[str, ...] = (r"attention\.(query|value)$",)  # of lora, dora: patterns, found in the matrices' paths
+    rank: int = 8  # of lora, dora
+    alpha: float = 16.0  # what is added is scaled by alpha / rank
+    rslora: bool = False  # by alpha / sqrt(rank) instead (arXiv:2312.03732)
+    dropout: float = 0.0  # of what lora and dora multiply
+    bottleneck_dim: int = 64  # of bottleneck
+    prefix_tokens: int = 16  # of prefix
+
+
+# kind of adapter: the field, of that name in AdapterConfig and ModelConfig, by which the model has its modules
+ADDED_FIELDS = {"bottleneck": "bottleneck_dim", "prefix": "prefix_tokens"}
+
+
+@dataclasses.dataclass
 class Experiment:
     """Everything that decides what a run computes."""
 
     name: str = "experiment"
     model: ModelConfig = dataclasses.field(default_factory=ModelConfig)
     data: DataConfig = dataclasses.field(default_factory=DataConfig)
+    objective: ObjectiveConfig = dataclasses.field(default_factory=ObjectiveConfig)
     loss: LossConfig = dataclasses.field(default_factory=LossConfig)
     optimizer: OptimizerConfig = dataclasses.field(default_factory=OptimizerConfig)
     mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)
     run: RunConfig = dataclasses.field(default_factory=RunConfig)
+    adapter: AdapterConfig = dataclasses.field(default_factory=AdapterConfig)
 
     def resolved(self) -> "Experiment":
         """Returns a copy with derived fields filled in. Raises UserError naming the field that cannot be."""
@@ -129,10 +195,17 @@ class Experiment:
         experiment = dataclasses.replace(
             self,
             model=self.model.resolved(),
-            **{f: dataclasses.replace(getattr(self, f)) for f in ("data", "loss", "optimizer", "mesh", "run")},
+            **{
+                f: dataclasses.replace(getattr(self, f))
+                for f in ("data", "loss", "optimizer", "mesh", "run", "adapter")
+            },
         )
+        experiment.objective = dataclasses.replace(self.objective)
+        if field := ADDED_FIELDS.get(experiment.adapter.kind):
+            setattr(experiment.model, field, getattr(experiment.adapter, field))
         if not experiment.data.bpe_vocab_size:
-            experiment.data.bpe_vocab_size = experiment.model.vocab_size
+            reserved = experiment.objective.special_tokens(experiment.data.context)
+            experiment.data.bpe_vocab_size = experiment.model.vocab_size - reserved
         if not experiment.optimizer.decay_steps:
             experiment.optimizer.decay_steps = max(1, experiment.run.steps // 5)
         _check(experiment)
@@ -170,7 +243,11 @@ def _check(experiment: Experiment) -> None:
             for f in ("warmup_steps", "weight_decay", "clip_norm", "learning_rate", "local_steps")
         },
     )
-    _at_least(0, {"loss.z_loss": experiment.loss.z_loss})
+    _at_least(0, {f"loss.{f}": getattr(experiment.loss, f) for f in ("z_loss", "balance_loss", "router_z_loss")})
+    _at_least(0, {"optimizer.router_bias_rate": optimizer.router_bias_rate})
+    for field in ("balance_loss", "router_z_loss"):
+        if (value := getattr(experiment.loss, field)) and not experiment.model.experts:
+            raise UserError(f"loss.{field}={value}: has no effect with model.experts=0; give model.experts")
     _one_of("optimizer.name", optimizer.name, ("adamw", "adafactor", "lion", "sgd", "muon"))
     _one_of("optimizer.schedule", optimizer.schedule, ("cosine", "linear", "wsd", "constant"))
     _one_of("data.invalid_utf8", data.invalid_utf8, ("replace", "refuse"))
@@ -209,11 +286,14 @@ def _check(experiment: Experiment) -> None:
             f"data.bpe_vocab_size={data.bpe_vocab_size}: must be at least 257 (256 bytes and end of document)"
         )
     experiment.model.check_context(data.context, "data.context")
+    _check_memory(experiment)
     if data.batch_size % optimizer.accumulation:
         raise UserError(
             f"optimizer.accumulation={optimizer.accumulation}: does not divide data.batch_size={data.batch_size}"
         )
+    _check_objective(experiment)
     _check_local_steps(optimizer, run)
+    _check_adapter(experiment)
     if optimizer.schedule != "constant" and optimizer.warmup_steps >= run.steps:
         raise UserError(f"optimizer.warmup_steps={optimizer.warmup_steps}: must be below run.steps={run.steps}")
     if optimizer.schedule == "wsd" and optimizer.warmup_steps + optimizer.decay_steps > run.steps:
@@ -221,6 +301,55 @@ def _check(experiment: Experiment) -> None:
             f"optimizer.decay_steps={optimizer.decay_steps}: with optimizer.warmup_steps={optimizer.warmup_steps} "
             f"exceeds run.steps={run.steps}"
         )
+
+
+def _check_objective(experiment: Experiment) -> None:
+    model, objective, data = experiment.model, experiment.objective, experiment.data
+    _one_of("objective.name", objective.name, tuple(OBJECTIVES))
+    kind, head = OBJECTIVES[objective.name]
+    for field, wanted in (("kind", kind), ("head", head)):
+        if getattr(model, field) != wanted:
+            raise UserError(
+                f"model.{field}={getattr(model, field)!r}: objective.name={objective.name!r} trains "
+                f"model.{field}={wanted!r}"
+            )
+    if objective.name == "span" and model.labels != 2:
+        raise UserError(f"model.labels={model.labels}: objective.name='span' needs 2, the first token and the last")
+    if model.next_sentence and (model.token_types < 2 or data.context < 2):
+        raise UserError(
+            f"model.token_types={model.token_types}: model.next_sentence needs at least 2, and as large a data.context"
+        )
+    if not 0.0 < objective.corruption < 1.0:
+        raise UserError(f"objective.corruption={objective.corruption}: must be between 0 and 1")
+    if objective.span_length < 1.0:
+        raise UserError(f"objective.span_length={objective.span_length}: must be at least 1")
+    if objective.special_token >= model.vocab_size:
+        raise UserError(
+            f"objective.special_token={objective.special_token}: must be below model.vocab_size={model.vocab_size}"
+        )
+    last = data.context if objective.name != "span_corruption" else objective.spans(data.context)[1]
+    if objective.name == "span_corruption" and (data.context < 2 or 0 <= objective.special_token < last - 1):
+        raise UserError(
+            f"objective.special_token={objective.special_token}: data.context={data.context} has {last} sentinels, "
+            "which go down from it to at least 0"
+        )
+    if data.target_context < 0:
+        raise UserError(f"data.target_context={data.target_context}: must not be negative")
+
+
+def _check_memory(experiment: Experiment) -> None:
+    model, data = experiment.model, experiment.data
+    if model.remembers and not data.contiguous:
+        raise UserError(
+            f"model.memory={model.memory}, model.knn_memory={model.knn_memory}: rows must go on from batch to batch to "
+            "be remembered; give data.contiguous=True"
+        )
+    if data.contiguous and model.positions == "learned":
+        raise UserError("data.contiguous=True: positions go on from row to row, beyond the table of learned ones")
+    if data.contiguous and data.weights:
+        raise UserError(f"data.weights={data.weights}: not with data.contiguous=True, which takes sources as they are")
+    if model.remembers and experiment.optimizer.local_steps:
+        raise UserError(f"optimizer.local_steps={experiment.optimizer.local_steps}: not with a model that remembers")
 
 
 def _check_local_steps(optimizer: OptimizerConfig, run: RunConfig) -> None:
@@ -235,6 +364,27 @@ def _check_local_steps(optimizer: OptimizerConfig, run: RunConfig) -> None:
         raise UserError(
             f"run.steps={run.steps}: not a multiple of optimizer.local_steps={optimizer.local_steps}; the steps after "
             "the last exchange would be lost"
+        )
+
+
+def _check_adapter(experiment: Experiment) -> None:
+    adapter = experiment.adapter
+    _one_of("adapter.kind", adapter.kind, ("none", "lora", "dora", "bottleneck", "prefix", "bias"))
+    _at_least(1, {f"adapter.{f}": getattr(adapter, f) for f in ("rank", "bottleneck_dim", "prefix_tokens")})
+    if not 0.0 <= adapter.dropout < 1.0:
+        raise UserError(f"adapter.dropout={adapter.dropout}: must be at least 0 and below 1")
+    if adapter.alpha <= 0:
+        raise UserError(f"adapter.alpha={adapter.alpha}: must be positive")
+    if not adapter.targets:
+        raise UserError("adapter.targets=(): name at least one pattern, such as 'attention'")
+    for pattern in adapter.targets:
+        try:
+            re.compile(pattern)
+        except re.error as error:
+            raise UserError(f"adapter.targets: {pattern!r} is no regular expression: {error}") from error
+    if adapter.kind != "none" and experiment.optimizer.local_steps:
+        raise UserError(
+            f"optimizer.local_steps={experiment.optimizer.local_steps}: not with adapter.kind={adapter.kind!r}; give 0"
         )
 
 
@@ -256,6 +406,13 @@ def _check_mesh(experiment: Experiment) -> None:
             f"model.compute_dtype=bfloat16: XLA cannot compile it for CPUs with mesh.stage={mesh.stage}; give "
             "model.compute_dtype=float32"
         )
+    for axis in ("sequence", "stage"):
+        if model.kind != "decoder" and (axis == "sequence" or model.kind != "encoder") and getattr(mesh, axis) > 1:
+            raise UserError(f"mesh.{axis}={getattr(mesh, axis)}: not with model.kind={model.kind!r}; give 1")
+    if mesh.sequence > 1 and (field := model.needs_whole_rows):
+        raise UserError(f"{field}: needs whole rows, and mesh.sequence={mesh.sequence} cuts them; give mesh.sequence=1")
+    if mesh.stage > 1 and model.remembers:
+        raise UserError(f"mesh.stage={mesh.stage}: not with a model that remembers (model.memory, model.knn_memory)")
     accumulation = experiment.optimizer.accumulation
     microbatches = model.pipeline_microbatches or mesh.stage
     pipeline = microbatches if mesh.stage > 1 else 1
@@ -271,11 +428,18 @@ def _check_mesh(experiment: Experiment) -> None:
         ("model.embed_dim", model.embed_dim, ("fsdp", "expert", "sequence")),
         ("model.heads", model.heads, ("tensor",)),
         ("model.mlp_dim", model.mlp_dim, ("tensor",)),
+        ("model.expert_dim", model.expert_dim, ("tensor",)),
+        ("model.experts", model.experts, ("expert",)),
     ):
         product = math.prod(getattr(mesh, axis) for axis in axes)
         if size % product:
             named = " * ".join(f"mesh.{axis}" for axis in axes)
             raise UserError(f"{field}={size}: not a multiple of {named} = {product}")
+    if mesh.sequence > 1 and model.capacity_factor:
+        raise UserError(
+            f"model.capacity_factor={model.capacity_factor}: counts the tokens of whole rows, and "
+            f"mesh.sequence={mesh.sequence} cuts them; give model.capacity_factor=0 (dropless)"
+        )
     if mesh.sequence > 1 and model.context_parallel == "ulysses":
         for field, heads in (("heads", model.heads), ("kv_heads", model.kv_heads)):
             if heads % (mesh.sequence * mesh.tensor):
@@ -283,6 +447,18 @@ def _check_mesh(experiment: Experiment) -> None:
                     f"model.{field}={heads}: model.context_parallel='ulysses' needs a multiple of mesh.sequence * "
                     f"mesh.tensor = {mesh.sequence * mesh.tensor}; or take 'ring'"
                 )
+    if mesh.stage > 1 and model.share_layers != "none":
+        raise UserError(
+            f"mesh.stage={mesh.stage}: a pipeline needs layers of their own, and model.share_layers="
+            f"{model.share_layers!r}; give mesh.stage=1"
+        )
+    adapter = experiment.adapter
+    ring = mesh.sequence > 1 and model.context_parallel == "ring"
+    if adapter.kind in ("lora", "dora") and adapter.dropout and (ring or mesh.stage > 1):
+        raise UserError(
+            f"adapter.dropout={adapter.dropout}: not with mesh.stage={mesh.stage}, nor with mesh.sequence="
+            f"{mesh.sequence} where model.context_parallel='ring'; give 0"
+        )
     for field in ("embedding_dropout", "attention_dropout", "residual_dropout"):
         if mesh.sequence > 1 and model.context_parallel == "ring" and getattr(model, field):
             raise UserError(

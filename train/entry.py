@@ -55,6 +55,8 @@ def experiment_from_flags() -> Experiment:
     """The resolved experiment of `--config` and its overrides. Raises UserError."""
     if FLAGS.config is None:
         raise UserError(f"--config is missing; give one of {_known_configs()}, or a file of your own")
+    if (kind := FLAGS.config.adapter.kind) != "none":
+        raise UserError(f"adapter.kind={kind!r}: an adapter needs a base; use train.finetune --checkpoint=BASE")
     return FLAGS.config.resolved()
 
 

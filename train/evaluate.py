@@ -12,12 +12,14 @@ import json
 import math
 import pathlib
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any
 
 from absl import flags
 
 from train import entry
+from train.config import LABEL_HEADS
 
 if TYPE_CHECKING:
     from tpu.watchdog import Watchdog
@@ -27,48 +29,59 @@ if TYPE_CHECKING:
 
 if __name__ == "__main__":
     flags.DEFINE_string("checkpoint", None, "workdir of a run, or one of its step directories")
+    flags.DEFINE_string("base", None, "of an adapter's checkpoint: where its base lies now; default: where it was")
     flags.DEFINE_integer("batches", 0, "evaluate only so many batches; 0: all held-out documents", lower_bound=0)
     flags.DEFINE_boolean("ema", False, "evaluate the moving average of the weights")
     flags.DEFINE_string("json", None, "also write the figures to this file")
 
 
 def held_out_figures(
-    evaluate: Callable[[Any, Batch], dict[str, Any]],
+    evaluate: Callable[..., dict[str, Any]],
     weights: Any,
     batches: Iterable[Batch],
     corpus: Corpus,
     stop: Stop | None = None,
     watchdog: Watchdog | None = None,
+    objective: str = "next_token",
+    memory: Any = None,
 ) -> dict[str, float] | None:
     """Loss (nats per token), perplexity and bits per byte over `batches`; None if a signal came before the end.
+
+    Objectives whose head gives labels have loss and accuracy; others that do not predict every token, no bits per byte.
 
     Bits per byte divides all bits by the bytes of the held-out documents. Where `batches` are only some of them, their
     bytes are taken to be in proportion to their tokens.
 
     Args:
-      evaluate: (weights, batch) -> sums `nll_sum` and `loss_tokens`.
+      evaluate: (weights, batch) -> sums `nll_sum`, `loss_tokens` and, of labels, `correct_sum`.
       watchdog: told of every batch.
+      memory: an empty one, which goes from batch to batch, where the model remembers (`train.step.Program`).
     """
-    nll = tokens = 0.0
+    totals: Counter[str] = Counter()
     pending: dict[str, Any] | None = None
     for batch in batches:
         if stop is not None and stop.asked():
             return None
-        sums = evaluate(weights, batch)
+        sums = evaluate(weights, batch) if memory is None else evaluate(weights, batch, memory)
+        memory = sums.pop("memory", None)
         if watchdog is not None:
             watchdog.beat()
         if pending is not None:
-            nll, tokens = nll + float(pending["nll_sum"]), tokens + float(pending["loss_tokens"])
+            totals.update({name: float(value) for name, value in pending.items()})
         pending = sums
     if pending is not None:
-        nll, tokens = nll + float(pending["nll_sum"]), tokens + float(pending["loss_tokens"])
-    loss = nll / max(tokens, 1.0)
+        totals.update({name: float(value) for name, value in pending.items()})
+    tokens = max(totals["loss_tokens"], 1.0)
+    loss = totals["nll_sum"] / tokens
+    if objective == "regression":
+        return {"loss": loss}
+    if objective in LABEL_HEADS:
+        return {"loss": loss, "accuracy": totals["correct_sum"] / tokens}
+    figures = {"loss": loss, "perplexity": math.exp(min(loss, 700.0))}
+    if objective != "next_token":
+        return figures
     bytes_per_token = corpus.held_out_bytes / max(corpus.held_out_tokens, 1)
-    return {
-        "loss": loss,
-        "perplexity": math.exp(min(loss, 700.0)),
-        "bits_per_byte": loss / math.log(2) / bytes_per_token,
-    }
+    return figures | {"bits_per_byte": loss / math.log(2) / bytes_per_token}
 
 
 def compressor_figures(documents: Iterable[str]) -> dict[str, float]:
@@ -88,16 +101,25 @@ def main() -> int:
     entry.need(checkpoint=entry.FLAGS.checkpoint)
     from train.restore import open_checkpoint
 
-    trained = open_checkpoint(pathlib.Path(entry.FLAGS.checkpoint), "ema" if entry.FLAGS.ema else "weights")
+    field = "ema" if entry.FLAGS.ema else "weights"
+    trained = open_checkpoint(pathlib.Path(entry.FLAGS.checkpoint), field, entry.FLAGS.base)
     from train.data import pipeline
 
     data = trained.experiment.data
     if not data.holdout:
         raise entry.UserError("data.holdout=0.0: this experiment keeps no held-out documents to evaluate")
-    corpus = pipeline.load(data, tokenizer=trained.tokenizer)
+    experiment, name = trained.experiment, trained.experiment.objective.name
+    corpus = pipeline.load(data, tokenizer=trained.tokenizer, objective=name, labels=experiment.model.labels)
     start = time.monotonic()
-    batches = pipeline.held_out_batches(corpus, data, data.batch_size, entry.FLAGS.batches)
-    figures = held_out_figures(trained.evaluate, trained.weights, batches, corpus)
+    transform = pipeline.row_transform(experiment, corpus, held_out=True)
+    batches = pipeline.held_out_batches(corpus, data, data.batch_size, entry.FLAGS.batches, transform=transform)
+    memory = trained.empty_memory()
+    figures = held_out_figures(trained.evaluate, trained.weights, batches, corpus, objective=name, memory=memory)
+    if name != "next_token":
+        print(f"checkpoint {trained.step_dir}, {name}: " + "  ".join(f"{k} {v:.4f}" for k, v in figures.items()))
+        if entry.FLAGS.json:
+            pathlib.Path(entry.FLAGS.json).write_text(json.dumps({"eval": figures}, indent=1))
+        return 0
     compressed = compressor_figures(pipeline.held_out_documents(data))
     print(f"checkpoint {trained.step_dir}: {corpus.held_out_bytes:,} held-out bytes, {corpus.held_out_tokens:,} tokens")
     print(f"loss {figures['loss']:.4f} nats per token, perplexity {figures['perplexity']:.2f}")

@@ -64,7 +64,7 @@ def localize(
     `skipped_in_a_row` is their maximum, and the others are means weighted by the replicas' sums of loss weights.
 
     Args:
-      init: key -> state, of the synchronous step.
+      init: (key, weights or nothing) -> state, of the synchronous step.
       step: (state, batch [B, T]) -> (state, metrics). It must leave the mesh axis of the replicas alone.
       abstract_state: what `init` gives, laid out on the mesh.
       in_parts: the NamedSharding of what belongs to each weight.
@@ -77,8 +77,8 @@ def localize(
     replicas = mesh.shape[axis]
     common, own = PartitionSpec(), PartitionSpec(axis)
 
-    def init_local(key: jax.Array) -> TrainState:
-        state = init(key)
+    def init_local(key: jax.Array, weights: Weights | None = None) -> TrainState:
+        state = init(key, weights)
         each = Replicas(state.weights, state.optimizer_state, state.skipped, state.skipped_in_a_row)
         each = jax.tree.map(lambda leaf: jnp.broadcast_to(leaf, (replicas, *leaf.shape)), each)
         momentum = jax.tree.map(lambda w: jnp.zeros(w.shape, jnp.float32), state.weights)

@@ -49,6 +49,11 @@ def read(step_dir: Path) -> dict[str, Any]:
     return manifest
 
 
+def digest(step_dir: Path) -> str:
+    """What identifies a step: SHA-256 of its manifest. Raises UserError as `read`."""
+    return _digest(read(step_dir))
+
+
 def verify(step_dir: Path, fields: Collection[str] | None = None) -> None:
     """Compares the files of a step with its manifest. Raises UserError naming the first that is wrong.
 

@@ -66,7 +66,7 @@ def matrix_dimensions(axes: Any) -> Any:
         if path[-1].key != "kernel" or "layers" not in names:
             return None
         # Into the residual stream, all but the last dimension are inputs; out of it, all but the first are outputs.
-        first = names.index("layers") + 1
+        first = max(names.index(name) for name in ("layers", "experts") if name in names) + 1
         split = len(names) - 1 if names[-1] == "embed" else first + 1
         return MuonDimensionNumbers(tuple(range(first, split)), tuple(range(split, len(names))))
 

@@ -1,4 +1,4 @@
-"""Trains a language model, or goes on with one: the same command does both.
+"""Trains a language model, an encoder or an encoder-decoder, or goes on with one: the same command does both.
 
     python -m train.pretrain --config=configs/quickstart.py --workdir=runs/a [--config.model.layers=12 ...]
 
@@ -25,9 +25,10 @@ from absl import flags
 from tpu import distributed, host
 from tpu.errors import UserError
 from train import entry
-from train.config import DataConfig, Experiment, RunConfig, to_dict
+from train.config import Experiment, RunConfig, to_dict
 
 if TYPE_CHECKING:
+    from train.base import Base
     from train.data.batch import Batch
     from train.data.pipeline import Corpus
     from train.data.tokenizer import Tokenizer
@@ -44,7 +45,11 @@ if __name__ == "__main__":
 
 def main() -> int:
     """Runs --config in --workdir."""
-    experiment = entry.experiment_from_flags()
+    return start(entry.experiment_from_flags())
+
+
+def start(experiment: Experiment, base: Base | None = None) -> int:
+    """Shows what the experiment amounts to (--dry_run), or trains it in --workdir; returns the exit status."""
     if entry.FLAGS.dry_run:
         from train.summary import print_summary, summarize
 
@@ -64,17 +69,18 @@ def main() -> int:
         logging.getLogger("train").setLevel(logging.WARNING)
     with distributed.ended_by_errors(), Stop() as stop:
         workdir = Workdir(entry.FLAGS.workdir)
-        return pretrain(experiment, workdir, stop)
+        return pretrain(experiment, workdir, stop, base)
 
 
-def pretrain(experiment: Experiment, workdir: Workdir, stop: Stop) -> int:
-    """Trains until `run.steps`, a signal or divergence; returns the exit status."""
+def pretrain(experiment: Experiment, workdir: Workdir, stop: Stop, base: Base | None = None) -> int:
+    """Trains until `run.steps`, a signal or divergence; returns the exit status. `base` is what an adapter is trained
+    on; its weights stay as they are, and are not saved."""
     import jax
 
     from tpu import rules
     from tpu.mesh import make_mesh
     from tpu.watchdog import Watchdog
-    from train import loop
+    from train import checkpoint, loop
     from train.checkpoint import Checkpointer
     from train.data import pipeline, tokenizer
     from train.evaluate import held_out_figures
@@ -99,16 +105,28 @@ def pretrain(experiment: Experiment, workdir: Workdir, stop: Stop) -> int:
     watchdog = Watchdog(run.watchdog_seconds)
     with jax.set_mesh(mesh):
         program = make_program(placed, mesh)
+        if base:
+            program = program.over(checkpoint.load_weights(base.step_dir, program.abstract_base))
         checkpointer = Checkpointer(workdir.path / "checkpoints", run)
-        restored = checkpointer.restore(program.abstract_state)
-        if restored:
+        imported = distributed.decide(lambda: str(checkpoint.imported(checkpointer.directory) or ""))
+        restored = None if imported else checkpointer.restore(program.abstract_state)
+        if imported:
+            step_dir = pathlib.Path(imported)
+            print(f"starting from the weights imported to {workdir.path}")
+            corpus = _load_corpus(experiment, tokenizer.from_dict(checkpoint.read_meta(step_dir)["tokenizer"]))
+            weights = checkpoint.load_weights(step_dir, program.abstract_state.weights)
+            state, first_step = program.init(jax.random.key(run.seed), weights), 0
+        elif restored:
             state, saved_meta, first_step = restored
+            if base:
+                base.check(saved_meta, workdir.path)
             print(f"resuming from step {first_step} in {workdir.path}")
-            corpus = _load_corpus(data, tokenizer.from_dict(saved_meta["tokenizer"]))
+            corpus = _load_corpus(experiment, tokenizer.from_dict(saved_meta["tokenizer"]))
         else:
-            corpus = _load_corpus(data)
+            corpus = _load_corpus(experiment, base.tokenizer if base else None)
             state, first_step = program.init(jax.random.key(run.seed)), 0
-        tokenizer.check_vocabulary(corpus.tokenizer, model.vocab_size)
+        special = experiment.objective.special_tokens(data.context)
+        tokenizer.check_vocabulary(corpus.tokenizer, model.vocab_size, special)
         for change in workdir.write_experiment(experiment):
             print(f"changed since this workdir was last used: {change}")
         if first_step >= run.steps:
@@ -122,6 +140,7 @@ def pretrain(experiment: Experiment, workdir: Workdir, stop: Stop) -> int:
                 "tokenizer": corpus.tokenizer.to_dict(),
                 "data_position": step,
                 "corpus": corpus.report,
+                **({"base": base.reference()} if base else {}),
             }
 
         def evaluate(state: TrainState) -> dict[str, float] | None:
@@ -129,30 +148,40 @@ def pretrain(experiment: Experiment, workdir: Workdir, stop: Stop) -> int:
             for prefix, weights in (("", state.weights), ("ema_", state.ema)):
                 if weights is None:
                     continue
-                batches = pipeline.held_out_batches(corpus, data, data.batch_size, run.eval_batches, rows)
-                found = held_out_figures(program.evaluate, weights, assembled(batches), corpus, stop, watchdog)
+                transform = pipeline.row_transform(experiment, corpus, held_out=True)
+                batches = pipeline.held_out_batches(corpus, data, data.batch_size, run.eval_batches, rows, transform)
+                name, memory = experiment.objective.name, program.empty_memory()
+                found = held_out_figures(
+                    program.evaluate, weights, assembled(batches), corpus, stop, watchdog, name, memory
+                )
                 if found is None:
                     return None
                 figures |= {prefix + name: value for name, value in found.items()}
             return figures
 
         peak = host.measured_matmul_rate(model.compute_dtype) if distributed.leads() else 0.0
-        counts = parameter_counts(program.abstract_state.weights)
+        counts, frozen = parameter_counts(program.abstract_state.weights), program.abstract_base
+        on_base = f" on {parameter_counts(frozen)['total']:,} frozen ones" if base else ""
         devices = jax.devices()
         print(
-            f"{experiment.name}: {counts['total']:,} parameters ({counts['non_embedding']:,} without embeddings), "
+            f"{experiment.name}: {counts['total']:,} parameters ({counts['non_embedding']:,} without embeddings)"
+            f"{on_base}, "
             f"{len(devices)} {devices[0].device_kind} in {model.compute_dtype}, "
             f"measured matmul peak {peak / 1e9:,.0f} GFLOP/s each",
             flush=True,
         )
+        if experiment.model.attention == "auto":
+            kind, why = experiment.model.attention_for(model.platform, model.compute_dtype)
+            print(f"attention: {kind}; {why}")
         rates = loop.Rates(
             tokens_per_step=data.batch_size * data.context,
-            flops_per_token=flops_per_token(model, program.abstract_state.weights, data.context),
+            flops_per_token=flops_per_token(model, program.abstract_state.weights, data.context, frozen),
             matmul_flops_per_second=peak * len(devices),
         )
         writer = MetricsWriter(workdir.path, first_step, run.tensorboard) if distributed.leads() else None
         console = ConsoleProgress(run.steps, first_step, run.log_every)
-        batches = pipeline.train_batches(corpus, data, run.seed, first_step, rows)
+        transform = pipeline.row_transform(experiment, corpus)
+        batches = pipeline.train_batches(corpus, data, run.seed, first_step, rows, transform)
         with watchdog:  # Of what comes after an error, too: it may wait for another process.
             try:
                 outcome = loop.train(
@@ -179,21 +208,22 @@ def pretrain(experiment: Experiment, workdir: Workdir, stop: Stop) -> int:
     return _conclude(outcome, workdir, run)
 
 
-def _load_corpus(data: DataConfig, saved: Tokenizer | None = None) -> Corpus:
+def _load_corpus(experiment: Experiment, saved: Tokenizer | None = None) -> Corpus:
     """The corpus, with process 0's tokenizer. It reads before the others, which may then find its work in the cache.
 
     Raises UserError where the sources of two hosts differ.
     """
     from train.data import pipeline, tokenizer
 
+    data, asked = experiment.data, {"objective": experiment.objective.name, "labels": experiment.model.labels}
     loaded: list[Corpus] = []
 
     def load_first() -> dict[str, Any]:
-        loaded.append(pipeline.load(data, tokenizer=saved))
+        loaded.append(pipeline.load(data, tokenizer=saved, **asked))
         return {"tokenizer": loaded[0].tokenizer.to_dict(), "report": loaded[0].report}
 
     first = distributed.decide(load_first)
-    corpus = loaded[0] if loaded else pipeline.load(data, tokenizer=tokenizer.from_dict(first["tokenizer"]))
+    corpus = loaded[0] if loaded else pipeline.load(data, tokenizer=tokenizer.from_dict(first["tokenizer"]), **asked)
     same = json.dumps(corpus.report) == json.dumps(first["report"])
     if unlike := [process for process, found in enumerate(distributed.gather(same)) if not found]:
         raise UserError(f"data.sources: process {unlike[0]} finds other documents there than process 0")

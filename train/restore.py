@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import pathlib
 from collections.abc import Callable
 from typing import Any
@@ -15,10 +16,11 @@ from model.transformer import Weights
 from tpu import host
 from tpu.errors import UserError
 from tpu.mesh import make_mesh
-from train import checkpoint
-from train.config import Experiment, MeshConfig, from_dict
+from train import adapters, checkpoint
+from train.base import base_of
+from train.config import AdapterConfig, Experiment, MeshConfig, from_dict
 from train.data import tokenizer as tokenizers
-from train.step import Metrics, make_program
+from train.step import make_program
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,15 +32,21 @@ class Trained:
     tokenizer: tokenizers.Tokenizer
     graphdef: nnx.GraphDef
     weights: Weights
-    evaluate: Callable[[Weights, Any], Metrics]  # sums over one batch, see train.step
+    evaluate: Callable[..., dict[str, Any]]  # sums over one batch, see train.step
+    empty_memory: Callable[[], Any]
     mesh: Mesh
 
 
-def open_checkpoint(path: pathlib.Path, field: str = "weights", **model_overrides: Any) -> Trained:
+def open_checkpoint(
+    path: pathlib.Path, field: str = "weights", base: str | None = None, **model_overrides: Any
+) -> Trained:
     """Opens a workdir's newest good step, or one step directory. Raises UserError where there is none, or no `field`.
+
+    An adapter is opened with its base and merged into it, in float32.
 
     Args:
       field: "weights", or "ema" for their moving average.
+      base: where the base of an adapter lies now; None: where it was. UserError where the checkpoint is no adapter.
       model_overrides: fields of the model that do not change its weights, such as compute_dtype="float32".
     """
     host.keep_freed_memory()
@@ -47,6 +55,9 @@ def open_checkpoint(path: pathlib.Path, field: str = "weights", **model_override
     experiment = from_dict(Experiment, meta["experiment"])
     if field == "ema" and not experiment.optimizer.ema_decay:
         raise UserError(f"checkpoint={step_dir}: was trained without a moving average (optimizer.ema_decay=0)")
+    below = base_of(meta, step_dir, base) if "base" in meta else None
+    if base and not below:
+        raise UserError(f"base={base}: checkpoint {step_dir} is no adapter, and has no base; leave it out")
     backend = host.start_backend()
     model = dataclasses.replace(experiment.model, **model_overrides)
     # An evaluation batch need not divide the mesh that trained it.
@@ -55,13 +66,18 @@ def open_checkpoint(path: pathlib.Path, field: str = "weights", **model_override
     )
     mesh = make_mesh(experiment.mesh, jax.devices()[:1])
     program = make_program(experiment, mesh)
-    abstract = getattr(program.abstract_state, field)
+    weights = checkpoint.load_weights(step_dir, getattr(program.abstract_state, field), field)
+    if below:
+        frozen = checkpoint.load_weights(below.step_dir, program.abstract_base)
+        weights = jax.jit(functools.partial(adapters.merged, experiment.adapter))(frozen, weights)
+        program = make_program(dataclasses.replace(experiment, adapter=AdapterConfig()), mesh)
     return Trained(
         step_dir=step_dir,
         experiment=experiment,
         tokenizer=tokenizers.from_dict(meta["tokenizer"]),
         graphdef=program.graphdef,
-        weights=checkpoint.load_weights(step_dir, abstract, field),
+        weights=weights,
         evaluate=program.evaluate,
+        empty_memory=program.empty_memory,
         mesh=mesh,
     )

@@ -8,9 +8,11 @@ from typing import Any
 
 import jax
 
-from model import transformer
+from model import kinds
 from model.config import ModelConfig
+from model.lora import FACTORS
 from tpu.pipeline import bubble_fraction
+from train import adapters
 from train.config import Experiment, to_dict
 from train.optimizer import optimizer, state_bytes
 from train.schedule import schedule
@@ -18,31 +20,54 @@ from train.schedule import schedule
 FEWEST_REPLICAS = 2  # of local SGD, taken where mesh.data=-1 leaves their number to the devices
 
 
-def parameter_counts(weights: Any) -> dict[str, int]:
-    """Total, embedding (token and position tables) and non-embedding numbers of abstract or real weights."""
-    total = embedding = 0
+def parameter_counts(weights: Any, config: ModelConfig | None = None) -> dict[str, int]:
+    """Total, embedding (token and position tables) and non-embedding numbers of abstract or real weights.
+
+    With the `config` of a mixture of experts also `active`: those that a token meets.
+    """
+    total = embedding = active = 0
     for path, leaf in jax.tree_util.tree_leaves_with_path(weights):
         size = math.prod(leaf.shape)
         total += size
+        active += size if config is None else _active(path, size, config)
         embedding += size if path[-1].key == "embedding" else 0
-    return {"total": total, "embedding": embedding, "non_embedding": total - embedding}
+    counts = {"total": total, "embedding": embedding, "non_embedding": total - embedding}
+    return counts | {"active": active} if config is not None and config.experts else counts
 
 
-def flops_per_token(config: ModelConfig, weights: Any, context: int) -> int:
+def _active(path: tuple, size: int, config: ModelConfig) -> int:
+    """How much of a weight one token meets: of the experts' matrices, those of its experts."""
+    names = [part.key for part in path]
+    if "moe" not in names or "shared" in names or names[-1] != "kernel":
+        return size
+    return size * config.experts_per_token // config.experts
+
+
+def flops_per_token(config: ModelConfig, weights: Any, context: int, frozen: Any = None) -> int:
     """Floating-point operations of one training step per token, counted as PaLM does (arXiv:2204.02311, appendix B).
 
-    Six per weight that multiplies an activation (the head's table counts, looked-up tables do not), and for attention
-    12 * layers * heads * head_dim * context, not halved for causality; a local layer counts its window. Operations
-    done again by rematerialisation do not count.
+    Six per weight that multiplies an activation (the head's table counts, looked-up tables do not; one that layers
+    share counts for each of them; of experts those that a token meets), and for attention
+    12 * layers * heads * head_dim * keys, not halved for causality; keys are what `ModelConfig.keys_seen` says.
+    Operations done again by rematerialisation do not count. Four per weight of `frozen`, for which no gradient is made.
     """
-    kernels = sum(
-        math.prod(leaf.shape) for path, leaf in jax.tree_util.tree_leaves_with_path(weights) if path[-1].key == "kernel"
-    )
+    products = 6 * _multiplied(config, weights) + 4 * (0 if frozen is None else _multiplied(config, frozen))
     if config.tied_head:
-        kernels += config.vocab_size * config.embed_dim
-    seen = [min(context, config.window) if kind == "local" else context for kind in config.pattern]
-    keys = sum(seen) * config.layers // len(config.pattern)
-    return 6 * kernels + 12 * config.heads * config.head_dim * keys
+        products += (6 if frozen is None else 4) * config.vocab_size * config.embed_dim
+    seen = sum(config.keys_seen(kind, context) for kind in config.pattern)
+    keys = seen * config.layers // len(config.pattern)
+    return products + 12 * config.heads * config.head_dim * keys
+
+
+def _multiplied(config: ModelConfig, weights: Any) -> int:
+    """How many weights multiply an activation; what layers share is counted for each of them."""
+    times = config.layers // len(config.pattern) // config.layer_sets()
+    count = 0
+    for path, leaf in jax.tree_util.tree_leaves_with_path(weights):
+        if path[-1].key in ("kernel", "router", *FACTORS):
+            met = _active(path, math.prod(leaf.shape), config)
+            count += met * (times if any(part.key == "groups" for part in path) else 1)
+    return count
 
 
 def pipeline_bubble(experiment: Experiment) -> float | None:
@@ -58,29 +83,37 @@ def pipeline_bubble(experiment: Experiment) -> float | None:
 
 def summarize(experiment: Experiment) -> dict[str, Any]:
     """The figures of a resolved experiment, ready for JSON."""
-    config = experiment.model.placed("cpu", "float32")
-    _, weights, axes = transformer.build(config)
-    counts = parameter_counts(weights)
+    config, adapter, frozen = experiment.model.placed("cpu", "float32"), experiment.adapter, None
+    if adapter.kind == "none":
+        _, weights, axes = kinds.build(config)
+        counts = parameter_counts(weights, config)
+    else:
+        frozen, _, weights, axes = adapters.parts(adapter, config)
+        trained, base = parameter_counts(weights)["total"], parameter_counts(frozen, config)
+        counts = {name: count + (0 if name == "embedding" else trained) for name, count in base.items()}
+        counts |= {"trained": trained, "frozen": base["total"]}
     rule = optimizer(experiment.optimizer, schedule(experiment.optimizer, experiment.run.steps), axes)
     tokens = experiment.run.steps * experiment.data.batch_size * experiment.data.context
-    weight_bytes = sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(weights))
-    optimizer_bytes = state_bytes(rule, weights)
+    memory = {"weights": tree_bytes(weights), "optimizer": state_bytes(rule, weights)}
+    of_weights = parameter_counts(weights)["total"]
     if experiment.optimizer.local_steps:  # `train.local_sgd.LocalState`: replicas with two counters each, and momentum
         replicas = max(FEWEST_REPLICAS, experiment.mesh.data)
-        optimizer_bytes = replicas * (weight_bytes + optimizer_bytes + 8) + 4 * counts["total"]
+        memory["optimizer"] = replicas * (sum(memory.values()) + 8) + 4 * of_weights
+    memory["ema"] = 4 * of_weights if experiment.optimizer.ema_decay else 0
     return {
         "experiment": to_dict(experiment),
         "parameters": counts,
-        "flops_per_token": flops_per_token(config, weights, experiment.data.context),
+        "flops_per_token": flops_per_token(config, weights, experiment.data.context, frozen),
         "tokens": tokens,
         "tokens_per_parameter": tokens / counts["total"],
-        "bytes": {
-            "weights": weight_bytes,
-            "optimizer": optimizer_bytes,
-            "ema": 4 * counts["total"] if experiment.optimizer.ema_decay else 0,
-        },
+        "bytes": memory if frozen is None else {"frozen": tree_bytes(frozen), **memory},
         "pipeline_bubble": pipeline_bubble(experiment),
     }
+
+
+def tree_bytes(weights: Any) -> int:
+    """Bytes of abstract or real weights."""
+    return sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(weights))
 
 
 def print_summary(experiment: Experiment, figures: dict[str, Any]) -> None:
@@ -97,6 +130,11 @@ def print_summary(experiment: Experiment, figures: dict[str, Any]) -> None:
         f"\nparameters          {counts['total']:,} "
         f"(embedding {counts['embedding']:,}, non-embedding {counts['non_embedding']:,})"
     )
+    if "active" in counts:
+        print(f"active              {counts['active']:,} of them for a token")
+    if "trained" in counts:
+        share = counts["trained"] / counts["total"]
+        print(f"trained             {counts['trained']:,} ({share:.2%}), frozen {counts['frozen']:,}")
     print(f"FLOPs per token     {figures['flops_per_token']:,} (forward and backward)")
     print(f"tokens              {figures['tokens']:,} ({figures['tokens_per_parameter']:.1f} per parameter)")
     print(f"FLOPs in all        {figures['flops_per_token'] * figures['tokens']:.3g}")

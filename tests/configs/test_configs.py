@@ -41,7 +41,7 @@ def test_it_resolves_and_is_equal_after_json(name, size):
     assert differences(found, again) == []
     assert again == found == found.resolved()
     assert found.name == (
-        f"{name}_{size or inspect.signature(load(name).get_config).parameters['size'].default}"
+        f"{name}_{size or next(iter(inspect.signature(load(name).get_config).parameters.values())).default}"
         if getattr(load(name), "SIZES", None)
         else name
     )
@@ -53,6 +53,15 @@ def test_there_is_one_for_each_promise():
     assert sizes["gpt3"] == {"125m", "350m", "760m", "1.3b", "2.7b", "6.7b", "13b", "175b"}
     assert sizes["llama"] == {"2-7b", "2-70b", "3-8b", "3-70b"}
     assert {"quickstart", "gpt_mini"} <= sizes.keys()
+
+
+def test_gpt3_alternates_dense_and_banded_layers_where_a_width_is_given():
+    model = experiment("gpt3", "125m,band=256").model
+    assert (model.pattern, model.window) == (("global", "local"), 256)
+    assert experiment("gpt3", "125m").model.pattern == ("global",)
+    for wrong in ("125m,band=", "125m,band=x", "125m,256"):
+        with pytest.raises(UserError, match=rf"configs/gpt3\.py:{wrong}: valid: .*band=256"):
+            experiment("gpt3", wrong)
 
 
 @pytest.mark.parametrize("name", [name for name in NAMES if getattr(load(name), "SIZES", None)])

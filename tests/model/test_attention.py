@@ -14,10 +14,11 @@ import numpy as np
 import pytest
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel
 
+from model import chunked_attention
 from model.attention import Place, attend
 from model.cudnn_attention import cudnn_attention
 from model.dropout import row_keys
-from model.rope import rotate, rotation
+from model.rope import plain_frequencies, rotate, rotation
 
 CASES = [  # heads, kv_heads, tokens, window, softcap, documents per row
     (2, 2, 64, 0, 0.0, 1),
@@ -88,6 +89,16 @@ def test_a_long_row():
     np.testing.assert_allclose((chunked - plain) * real[:, None, :, None], 0, atol=1e-5)
 
 
+def test_blocks_in_turn(monkeypatch):
+    """As of very long rows, whose blocks wait for one another."""
+    arrays = inputs(2, 1, 190, 2)
+    plain = value_and_gradients(*arrays, kind="plain", window=0, softcap=2.0)
+    monkeypatch.setattr(chunked_attention, "LONG", 100)
+    found = value_and_gradients(*arrays, kind="chunked", window=0, softcap=2.0)
+    for x, y in zip(found, plain, strict=True):
+        np.testing.assert_allclose(x, y, rtol=0, atol=1e-5 * max(1.0, np.abs(y).max()))
+
+
 def test_dropout_reaches_the_weights_of_either_kind():
     """The mean over many keys is the result without; one key alone differs from it."""
     q, k, v, place, _ = inputs(2, 2, 12, 1)
@@ -105,7 +116,10 @@ def test_rotary_scores_depend_on_the_distance_alone():
     q, k = rng.normal(size=(2, 1, 1, 1, 6)).astype(np.float32)
 
     def score(position: int, other: int) -> float:
-        turned = [rotate(x, rotation(np.array([[p]], np.int32), 6, 100.0)) for x, p in ((q, position), (k, other))]
+        turned = [
+            rotate(x, rotation(np.array([[p]], np.int32), plain_frequencies(100.0, 6)))
+            for x, p in ((q, position), (k, other))
+        ]
         return float(jnp.sum(turned[0] * turned[1]))
 
     for distance in (0, 1, 5):

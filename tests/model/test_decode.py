@@ -59,7 +59,29 @@ CONFIGS = {
     "pipeline's weights scanned": {"pipeline_repeats": 2, "layers": 4, "layer_loop": "scan"},
     "post-norm": {"norm_order": "post", "positions": "learned"},
     "qk_norm": {"qk_norm": True, "norm": "rmsnorm", "activation": "swiglu", "tied_head": False},
+    "qk_norm over all heads": {"qk_norm": True, "qk_norm_over": "projection", "norm_order": "reordered", "kv_heads": 2},
+    "sandwich": {"norm_order": "sandwich", "norm_unit_offset": True, "scale_embedding": True, "query_scalar": 9.0},
+    "local rope": {
+        "pattern": ("local", "global"),
+        "window": 3,
+        "rope_local_theta": 100.0,
+        "rope_scaling": "linear",
+        "rope_factor": 4.0,
+    },
+    "ntk": {"rope_scaling": "ntk", "rope_factor": 4.0},
+    # Of one layer: what earlier tokens left in deeper ones was computed with the frequencies of a shorter text.
+    "dynamic": {"rope_scaling": "dynamic", "rope_factor": 4.0, "rope_original_context": 8, "layers": 1, "kv_heads": 2},
+    "yarn": {"rope_scaling": "yarn", "rope_factor": 4.0, "rope_original_context": 16, "rope_interleaved": True},
+    "llama3": {"rope_scaling": "llama3", "rope_factor": 4.0, "rope_original_context": 16},
     "softcaps": {"attention_softcap": 2.0, "logits_softcap": 3.0},
+    "alibi": {"positions": "alibi", "kv_heads": 2},
+    "sinks": {"attention_sinks": True, "kv_heads": 2},
+    "sparse": {"pattern": ("sparse",), "sparse_block": 2, "sparse_newest": 2},
+    "linear": {"pattern": ("linear",), "kv_heads": 2, "positions": "learned"},
+    "gated linear": {"pattern": ("gated_linear",), "kv_heads": 2, "qk_norm": True},
+    "knn": {"pattern": ("knn", "global"), "knn_memory": 8},
+    "mixture scanned": {"pattern": ("linear", "sparse", "gated_linear", "local"), "layers": 8, "window": 3}
+    | {"sparse_block": 2, "layer_loop": "scan", "kv_heads": 2},
 }
 END = 30
 # Of lengths on both sides of the window, so that rows are padded.
@@ -155,7 +177,8 @@ def test_cached_logits_equal_the_uncached_forward_at_every_position(name):
         found.append(logits)
     found = np.stack(found, axis=1)  # [B, 11, V]
     for row, prompt in enumerate(PROMPTS):
-        wanted = full_logits(model, [*prompt, *later[row]])[len(prompt) - 1 :]
+        texts = ([*prompt, *later[row][:i]] for i in range(found.shape[1]))
+        wanted = np.stack([full_logits(model, text)[-1] for text in texts])
         assert np.abs(wanted).max() > 0.1
         np.testing.assert_allclose(found[row], wanted, atol=1e-5, rtol=1e-5)
 

@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 
 from model import transformer
 from model.attention import Place
-from model.config import ModelConfig
+from model.config import GATED, ModelConfig
 from model.dropout import row_keys
 
 SMALL = ModelConfig(
@@ -49,7 +49,8 @@ def random_weights(config: ModelConfig, seed: int = 0) -> dict[str, Any]:
     def draw(path: tuple, leaf: jax.ShapeDtypeStruct) -> jax.Array:
         values = rng.normal(size=leaf.shape)
         kind = path[-1].key
-        scaled = 1 + 0.3 * values if kind == "scale" else values * (0.3 if kind == "bias" else 0.5)
+        one = 0 if config.norm_unit_offset else 1
+        scaled = one + 0.3 * values if kind == "scale" else values * (0.3 if kind == "bias" else 0.5)
         return jnp.asarray(scaled, leaf.dtype)
 
     return jax.tree_util.tree_map_with_path(draw, transformer.build(config)[1])
@@ -97,7 +98,7 @@ def reference_logits(config: ModelConfig, weights: Any, tokens: np.ndarray, plac
     table = weights["embedding"]["embedding"]
     rows = []
     for row, segments, positions in zip(tokens, place.segments, place.positions, strict=True):
-        h = table[row]
+        h = table[row] * (np.sqrt(config.embed_dim) if config.scale_embedding else 1)
         if config.positions == "learned":
             h = h + weights["position_embedding"]["embedding"][positions]
         if config.positions == "sinusoidal":
@@ -106,14 +107,19 @@ def reference_logits(config: ModelConfig, weights: Any, tokens: np.ndarray, plac
             group, kind = divmod(layer, len(config.pattern))
             w = jax.tree.map(lambda a, group=group: a[group], weights["stack"]["groups"][f"layer_{kind}"])
             window = config.window if config.pattern[kind] == "local" else len(row)
-            before = config.norm_order == "pre"
-            x = _norm(config, config.norm, h, w["attention_norm"]) if before else h
-            h = h + _attention(config, w["attention"], x, segments, positions, window)
-            h = h if before else _norm(config, config.norm, h, w["attention_norm"])
-            x = _norm(config, config.norm, h, w["mlp_norm"]) if before else h
-            h = h + _mlp(config, w["mlp"], x)
-            h = h if before else _norm(config, config.norm, h, w["mlp_norm"])
-        if config.norm_order == "pre":
+            branches = (("attention", lambda x: _attention(config, w["attention"], x, segments, positions, window)),)
+            branches += (("mlp", lambda x: _mlp(config, w["mlp"], x)),)
+            for name, branch in branches:
+                x = h
+                if config.norm_order in ("pre", "sandwich"):
+                    x = _norm(config, config.norm, h, w[f"{name}_norm"])
+                x = branch(x)
+                if config.norm_order in ("sandwich", "reordered"):
+                    x = _norm(config, config.norm, x, w[f"{name}_out_norm"])
+                h = h + x
+                if config.norm_order == "post":
+                    h = _norm(config, config.norm, h, w[f"{name}_norm"])
+        if config.norm_order != "post":
             h = _norm(config, config.norm, h, weights["final_norm"])
         out = h @ (table.T if config.tied_head else weights["head"]["linear"]["kernel"])
         cap = config.logits_softcap
@@ -132,7 +138,9 @@ def _norm(config: ModelConfig, kind: str, x: np.ndarray, w: dict[str, np.ndarray
     else:
         y = x / np.sqrt((x**2).mean(-1, keepdims=True) + config.norm_eps)
     assert ("bias" in w and w["bias"] is not None) == (kind == "layernorm" and config.norm_bias)
-    return y * w["scale"] + (w.get("bias") if kind == "layernorm" and config.norm_bias else 0)
+    return y * (w["scale"] + config.norm_unit_offset) + (
+        w.get("bias") if kind == "layernorm" and config.norm_bias else 0
+    )
 
 
 def _affine(x: np.ndarray, w: dict[str, np.ndarray], inputs: int, bias: bool) -> np.ndarray:
@@ -144,7 +152,10 @@ def _affine(x: np.ndarray, w: dict[str, np.ndarray], inputs: int, bias: bool) ->
 def _attention(config, w, x, segments, positions, window) -> np.ndarray:
     q, k, v = (_affine(x, w[name], 1, config.attention_bias) for name in ("query", "key", "value"))  # [T, heads, K]
     if config.qk_norm:
-        q, k = _norm(config, "rmsnorm", q, w["query_norm"]), _norm(config, "rmsnorm", k, w["key_norm"])
+        whole = config.qk_norm_over == "projection"
+        flat = [a.reshape(len(x), -1) if whole else a for a in (q, k)]
+        q = _norm(config, "rmsnorm", flat[0], w["query_norm"]).reshape(q.shape)
+        k = _norm(config, "rmsnorm", flat[1], w["key_norm"]).reshape(k.shape)
     if config.positions == "rope":
         q, k = _rotate(config, q, positions), _rotate(config, k, positions)
     out = np.zeros_like(q)
@@ -152,19 +163,22 @@ def _attention(config, w, x, segments, positions, window) -> np.ndarray:
         seen = [s for s in range(len(x)) if segments[s] == segments[t] and 0 <= positions[t] - positions[s] < window]
         for head in range(config.heads):
             kv = head // (config.heads // config.kv_heads)
-            scores = np.array([q[t, head] @ k[s, kv] for s in seen]) / np.sqrt(config.head_dim)
+            scores = np.array([q[t, head] @ k[s, kv] for s in seen]) / np.sqrt(config.query_scalar or config.head_dim)
             if config.attention_softcap:
                 scores = config.attention_softcap * np.tanh(scores / config.attention_softcap)
             share = np.exp(scores - scores.max())
             out[t, head] = (share / share.sum()) @ v[seen, kv]
-    return _affine(out, w["out"], 2, config.attention_bias)
+    return _affine(out, w["out"], 2, config.attention_bias and config.attention_out_bias)
 
 
 def _rotate(config: ModelConfig, x: np.ndarray, positions: np.ndarray) -> np.ndarray:
-    """Pairs (i, i + K/2) as complex numbers, turned by position * theta^(-2i/K)."""
+    """Pairs (i, i + K/2), or (2i, 2i + 1), as complex numbers, turned by position * theta^(-2i/K)."""
     half = config.head_dim // 2
     angles = positions[:, None] * config.rope_theta ** (-2 * np.arange(half) / config.head_dim)
-    turned = (x[..., :half] + 1j * x[..., half:]) * np.exp(1j * angles)[:, None]
+    pairs = x[..., ::2] + 1j * x[..., 1::2] if config.rope_interleaved else x[..., :half] + 1j * x[..., half:]
+    turned = pairs * np.exp(1j * angles)[:, None]
+    if config.rope_interleaved:
+        return np.stack([turned.real, turned.imag], -1).reshape(x.shape)
     return np.concatenate([turned.real, turned.imag], -1)
 
 
@@ -178,9 +192,11 @@ def _mlp(config: ModelConfig, w: Any, x: np.ndarray) -> np.ndarray:
         "relu": lambda z: np.maximum(z, 0),
         "swiglu": lambda z: z / (1 + np.exp(-z)),
         "geglu": gelu_tanh,
+        "geglu_erf": lambda z: z / 2 * (1 + scipy.special.erf(z / np.sqrt(2))),
+        "reglu": lambda z: np.maximum(z, 0),
     }[config.activation]
     up = _affine(x, w["up"], 1, config.mlp_bias)
-    if config.activation in ("swiglu", "geglu"):
+    if config.activation in GATED:
         up = activate(_affine(x, w["gate"], 1, config.mlp_bias)) * up
     else:
         up = activate(up)

@@ -95,6 +95,15 @@ def test_the_report_of_a_step_on_eight_chips(config):
 
 
 @needs_libtpu
+def test_attention_of_a_single_row_per_chip_is_counted(config):
+    rows = {}
+    for batch in (8, 16):
+        found, _ = reported(config, 0, "--topology=v5e:2x4", f"--config.data.batch_size={batch}")
+        rows[batch] = found["kernel_flops_per_chip"]
+    assert rows[16] == 2 * rows[8] > 0
+
+
+@needs_libtpu
 def test_a_step_that_does_not_fit_says_by_how_much(config):
     big = ("--config.model.embed_dim=16384", "--config.model.heads=128", "--config.model.layers=8")
     found, table = reported(config, 1, "--topology=v5e:2x2", *big)

@@ -14,6 +14,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -130,8 +131,9 @@ VM = ("tpu-vm", "--accelerator=v6e-8", "--zone=us-east5-b", "--poll_seconds=0.05
 
 
 @pytest.fixture
-def cloud(tmp_path: Path) -> Cloud:
-    return Cloud(tmp_path)
+def cloud(tmp_path: Path) -> Iterator[Cloud]:
+    yield Cloud(tmp_path)
+    (tmp_path / "go").touch()  # What waits for it would wait for ever where a test fails.
 
 
 def shell(text: str) -> list[str]:
@@ -497,6 +499,7 @@ def started(cloud: Cloud, *flags: str) -> subprocess.Popen[str]:
         stderr=(cloud.folder / "errors").open("a"),
         text=True,
         start_new_session=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # ignored, where the tests run in background
     )
 
 

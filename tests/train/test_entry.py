@@ -20,8 +20,11 @@ def call(*arguments: str, **options) -> subprocess.CompletedProcess:
 
 
 MISTAKES = [
-    ("", "--config is missing; give one of configs/gpt2.py, "),
-    ("--config=configs/none.py", "--config=configs/none.py: no such file; there is configs/gpt2.py, "),
+    ("", "--config is missing; give one of configs/adapter.py, configs/bert.py, "),
+    (
+        "--config=configs/none.py",
+        "--config=configs/none.py: no such file; there is configs/adapter.py, configs/bert.py, ",
+    ),
     ("--config configs/none.py", "configs/none.py"),
     ("--config=configs/gpt2.py:999m", "configs/gpt2.py:999m: valid: 124m, 355m, 774m, 1558m"),
     ("MINI --config.model.layrs=2", "config.model.layrs: no such field; did you mean layers? valid: vocab_size, "),

@@ -47,8 +47,8 @@ COMMAND = """
     marker = pathlib.Path(os.environ["MARKER"])
     original, load = pipeline.train_batches, pipeline.load
 
-    def train_batches(corpus, data, seed, start_step, rows):
-        for number, batch in enumerate(original(corpus, data, seed, start_step, rows), start_step + 1):
+    def train_batches(corpus, data, seed, start_step, *more):
+        for number, batch in enumerate(original(corpus, data, seed, start_step, *more), start_step + 1):
             if here and number == int(step) and not marker.exists():
                 marker.touch()
                 if kind == "hang":
@@ -63,8 +63,8 @@ COMMAND = """
                 time.sleep(0.1)  # jax looks for signals once a second
             yield batch
 
-    def load_other(data, tokenizer=None):
-        corpus = load(data, tokenizer=tokenizer)
+    def load_other(data, **options):
+        corpus = load(data, **options)
         corpus.report["sources"][0]["digest"] = "another"
         return corpus
 

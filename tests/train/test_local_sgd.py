@@ -77,7 +77,7 @@ def drawn_batch(seed: int, ragged: bool = False) -> Batch:
 
 def share(batch: Batch, replica: int, replicas: int) -> Batch:
     rows = ROWS // replicas
-    return Batch(*(a[replica * rows : (replica + 1) * rows] for a in batch))
+    return jax.tree.map(lambda a: a[replica * rows : (replica + 1) * rows], batch)
 
 
 def copied(tree: Any) -> Any:
@@ -222,7 +222,7 @@ def program() -> tuple[Program, jax.sharding.Mesh]:
 
 def test_replicas_draw_dropout_of_their_own(program):
     """Replicas that read the same rows differ by nothing else."""
-    batch = Batch(*(np.concatenate([a[: ROWS // 4]] * 4) for a in drawn_batch(0)))
+    batch = jax.tree.map(lambda a: np.concatenate([a[: ROWS // 4]] * 4), drawn_batch(0))
     program, mesh = program
     with jax.set_mesh(mesh):
         without, _ = program.step(program.init(jax.random.key(0)), batch)
@@ -384,8 +384,8 @@ def test_a_run_stopped_between_exchanges_goes_on_and_its_common_weights_are_serv
     assert on_two_devices(experiment, tmp_path / "whole") == 0
     original = pipeline.train_batches
 
-    def stopped_at_six(corpus: Any, data: DataConfig, seed: int, start_step: int, rows: Any) -> Iterator[Batch]:
-        for number, batch in enumerate(original(corpus, data, seed, start_step, rows), start_step + 1):
+    def stopped_at_six(corpus: Any, data: DataConfig, seed: int, start_step: int, *more: Any) -> Iterator[Batch]:
+        for number, batch in enumerate(original(corpus, data, seed, start_step, *more), start_step + 1):
             if number == 6:
                 os.kill(os.getpid(), signal.SIGTERM)
             yield batch

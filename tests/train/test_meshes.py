@@ -37,6 +37,9 @@ BASE = Experiment(
 
 DROPOUT = {"embedding_dropout": 0.2, "residual_dropout": 0.3, "attention_dropout": 0.1}
 
+EXPERTS = {"layers": 2, "experts": 8, "mlp_bias": False, "mlp_dim": 32, "router_bias": True}
+BALANCED = {"loss": {"balance_loss": 0.3, "router_z_loss": 0.1}}
+
 CASES: dict[str, dict[str, dict[str, Any]]] = {
     "data8": {"mesh": {"data": 8}},
     "fsdp8": {"mesh": {"fsdp": 8}},
@@ -76,8 +79,36 @@ CASES: dict[str, dict[str, dict[str, Any]]] = {
     },
     "zero1": {"mesh": {"fsdp": 4, "tensor": 2, "zero": 1}},
     "zero2": {"mesh": {"fsdp": 4, "data": 2, "zero": 2}},
+    "shared-alternate": {
+        "mesh": {"fsdp": 4, "tensor": 2},
+        "model": {"share_layers": "alternate", "share_size": 2, "share_rank": 2},
+    },
+    "shared-zero1": {"mesh": {"fsdp": 8, "zero": 1}, "model": {"share_layers": "all", "layer_loop": "unroll"}},
     "slices2": {"mesh": {"data": 2, "fsdp": 4, "slices": 2}},
     "slices2-stage": {"mesh": {"stage": 2, "fsdp": 4, "slices": 2, "slice_axis": "stage"}},
+    "moe-expert4": {"mesh": {"expert": 4}, "model": EXPERTS, **BALANCED},
+    "moe-expert2-fsdp4-accumulation": {
+        "mesh": {"expert": 2, "fsdp": 4},
+        "model": EXPERTS,
+        "optimizer": {"accumulation": 2},
+        **BALANCED,
+    },
+    "moe-expert4-tensor2-shared": {
+        "mesh": {"expert": 4, "tensor": 2},
+        "model": {**EXPERTS, "shared_experts": 1, "moe_every": 2, "router": "sigmoid", "remat": "projections"},
+        **BALANCED,
+    },
+    "moe-data2-expert2-sequence2": {"mesh": {"data": 2, "expert": 2, "sequence": 2}, "model": EXPERTS, **BALANCED},
+    "moe-capacity-fsdp2-expert2-tensor2": {
+        "mesh": {"fsdp": 2, "expert": 2, "tensor": 2},
+        "model": {**EXPERTS, "capacity_factor": 0.8, "activation": "gelu"},
+        **BALANCED,
+    },
+    "moe-stage2-repeats2-expert2": {
+        "mesh": {"stage": 2, "expert": 2},
+        "model": {**EXPERTS, "layers": 4, "pipeline_repeats": 2, "pipeline_microbatches": 4, "remat": "full"},
+        **BALANCED,
+    },
     "untied-odd-vocab-few-kv-heads": {
         "mesh": {"fsdp": 2, "tensor": 4},
         "model": {"tied_head": False, "vocab_size": 21, "kv_heads": 1, "heads": 4},
@@ -177,12 +208,13 @@ def sizes(experiment: Experiment) -> dict[str, int]:
 
 
 SHARDED = {"fsdp8", "tensor4", "expert8", "stage4", "fsdp4-tensor2", "stage2-tensor2-data2", "zero1", "zero2"}
+SHARDED |= {"moe-expert4", "moe-capacity-fsdp2-expert2-tensor2"}
 
 
 @pytest.mark.parametrize("case", sorted(SHARDED))
 def test_no_part_of_the_state_is_quietly_copied(case):
     """Every weight matrix, and both its moments, take their share of a device's memory and no more."""
-    model = {"kv_heads": 4}  # fewer than the devices along tensor would be copied
+    model = CASES[case].get("model", {}) | {"kv_heads": 4}  # fewer than the devices along tensor would be copied
     experiment = changed(CASES[case] | {"optimizer": {"name": "adamw", "ema_decay": 0.9}, "model": model})
     mesh = make_mesh(experiment.mesh, jax.devices()[: math.prod(sizes(experiment).values())])
     with jax.set_mesh(mesh):
@@ -216,6 +248,8 @@ TALK = {  # case: (kind, axis) pairs that must be there, and the axes along whic
     "tensor4": ({("all-gather", "tensor")}, {"tensor"}),
     "sequence8": ({("collective-permute", "sequence"), ("all-gather", "sequence")}, {"sequence"}),
     "stage4": ({("collective-permute", "stage")}, {"stage"}),
+    "moe-expert4": ({("all-to-all", "expert"), ("reduce-scatter", "expert")}, {"expert"}),
+    "moe-capacity-fsdp2-expert2-tensor2": ({("all-to-all", "expert")}, {"fsdp", "expert", "tensor"}),
     "ulysses-chunked": ({("all-to-all", "sequence")}, {"data", "tensor", "sequence"}),
 }
 

@@ -59,8 +59,8 @@ def terminate_at(monkeypatch, step: int) -> None:
     """This process gets SIGTERM while the batch of that step is fetched."""
     original = pipeline.train_batches
 
-    def batches(corpus, data, seed, start_step, rows) -> Iterator:
-        for number, batch in enumerate(original(corpus, data, seed, start_step, rows), start_step + 1):
+    def batches(corpus, data, seed, start_step, rows, transform) -> Iterator:
+        for number, batch in enumerate(original(corpus, data, seed, start_step, rows, transform), start_step + 1):
             if number == step:
                 os.kill(os.getpid(), signal.SIGTERM)
             yield batch

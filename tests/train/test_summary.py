@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from model import transformer
-from model.config import ModelConfig
+from model.config import GATED, ModelConfig
 from tpu.mesh import make_mesh
 from train.config import DataConfig, Experiment, MeshConfig, OptimizerConfig, RunConfig
 from train.step import make_program
@@ -26,21 +26,22 @@ def count(config: ModelConfig) -> tuple[int, int]:
     q, kv = config.heads * k, config.kv_heads * k
     attention = d * q + 2 * d * kv + q * d
     if config.attention_bias:
-        attention += q + 2 * kv + d
+        attention += q + 2 * kv + (d if config.attention_out_bias else 0)
     if config.qk_norm:
-        attention += 2 * k
-    inner = 2 if config.activation in ("swiglu", "geglu") else 1
+        attention += q + kv if config.qk_norm_over == "projection" else 2 * k
+    inner = 2 if config.activation in GATED else 1
     mlp = (inner + 1) * d * f + (inner * f + d if config.mlp_bias else 0)
     tables = config.vocab_size * d + (config.max_positions * d if config.positions == "learned" else 0)
     head = 0 if config.tied_head else config.vocab_size * d
-    last_norm = norm if config.norm_order == "pre" else 0
-    return config.layers * (attention + mlp + 2 * norm) + tables + head + last_norm, tables
+    last_norm = norm if config.norm_order != "post" else 0
+    norms = (4 if config.norm_order == "sandwich" else 2) * norm
+    return config.layers * (attention + mlp + norms) + tables + head + last_norm, tables
 
 
 def flops(config: ModelConfig, context: int) -> int:
     """6 per multiplying weight and 12 per head dimension and key seen: forward and, at twice that, backward."""
     d, f, k = config.embed_dim, config.mlp_dim, config.head_dim
-    inner = 2 if config.activation in ("swiglu", "geglu") else 1
+    inner = 2 if config.activation in GATED else 1
     per_layer = d * k * (2 * config.heads + 2 * config.kv_heads) + (inner + 1) * d * f
     total = 6 * (config.layers * per_layer + config.vocab_size * d)
     for layer in range(config.layers):

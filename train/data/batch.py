@@ -12,7 +12,11 @@ class Batch(NamedTuple):
     """Packed rows of tokens, as numpy arrays on the host and as jax arrays in the step."""
 
     tokens: Any  # [B, T] int32
-    targets: Any  # [B, T] int32, the token that follows
+    targets: Any  # [B, T] int32, the token that follows, or a label; [B, T, L] float32 where there are L numbers
     loss_weights: Any  # [B, T] float32, 0 where there is nothing to predict
     segments: Any  # [B, T] int32, 1, 2, ... per document of the row, 0 for padding; attention stays inside a segment
     positions: Any  # [B, T] int32, counted from 0 in every segment
+    token_types: Any = None  # [B, T] int32, 0 or 1: of which of two texts (encoders)
+    next_sentence: Any = None  # [B, 1] int32, 1 where the second text is not what follows the first (encoders)
+    inputs: Any = None  # [B, S] int32, the encoder's tokens; the fields above are the decoder's (encoder-decoders)
+    input_segments: Any = None  # [B, S] int32

@@ -3,7 +3,8 @@
 The stream is `[end_of_document, t1 .. tn]` for every document: the end-of-document token stands before a document and,
 being next in the stream, is what the last token of the document before has to predict. Rows are consecutive cuts of
 the stream, so no token is lost between documents and only the last row can be short; a document that crosses a cut
-goes on in the next row as a segment of its own, with positions from 0.
+goes on in the next row as a segment of its own, with positions from 0 or, where rows are `continuing`, with those that
+follow.
 
 Legend: S tokens in the stream, T tokens per row.
 """
@@ -20,12 +21,16 @@ class PackedRows:
 
     stream: [S] unsigned integers, S > 0, memory-mapped or not. The short last row is padded (segment, weight and
     position 0) where `keep_last` is set or it is the only one, and left out otherwise.
+    continuing: count positions from the beginning of a document, also where that lies in an earlier row.
     """
 
-    def __init__(self, stream: np.ndarray, context: int, end_of_document: int, keep_last: bool):
+    def __init__(
+        self, stream: np.ndarray, context: int, end_of_document: int, keep_last: bool, continuing: bool = False
+    ):
         self.context = context
         self.end_of_document = end_of_document
         self._stream = stream
+        self._openings = np.flatnonzero(stream == end_of_document) if continuing else None
         self._rows = -(-len(stream) // context) if keep_last else max(1, len(stream) // context)
 
     def __len__(self) -> int:
@@ -43,12 +48,17 @@ class PackedRows:
         starts[0] = True
         steps = np.arange(T, dtype=np.int32)
         segment_starts = np.maximum.accumulate(np.where(starts, steps, 0))
+        segments = np.cumsum(starts, dtype=np.int32)
+        positions = steps - segment_starts
+        if self._openings is not None:
+            opening = self._openings[np.searchsorted(self._openings, row * T, side="right") - 1]
+            positions += np.where(segments == 1, row * T - opening, 0).astype(np.int32)
         return Batch(
             tokens=tokens,
             targets=targets,
             loss_weights=valid.astype(np.float32),
-            segments=np.where(valid, np.cumsum(starts, dtype=np.int32), 0),
-            positions=np.where(valid, steps - segment_starts, 0),
+            segments=np.where(valid, segments, 0),
+            positions=np.where(valid, positions, 0),
         )
 
 

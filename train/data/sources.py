@@ -61,6 +61,17 @@ def source_digest(source: str, data: DataConfig) -> str:
     return content.hexdigest()
 
 
+def labelled_records(source: str, data: DataConfig, counts: Counter[str]) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Yields (place to name in messages, object) for every line of the .jsonl files that `source` names.
+
+    Raises UserError, naming file and line, for what cannot be read; `counts` as for `documents`.
+    """
+    for path in _paths(source):
+        if not path.endswith(".jsonl"):
+            raise UserError(f"data.sources: {path}: labelled records are read from .jsonl only")
+        yield from _json_objects(path, data, counts)
+
+
 def is_held_out(key: str, holdout: float) -> bool:
     """Whether a document with this key is kept for evaluation: depends on nothing else, so that adding or reordering
     documents never moves one across."""
@@ -159,6 +170,10 @@ def _by_text(records: Iterator[Record], data: DataConfig, counts: Counter[str]) 
 
 
 def _json_records(path: str, data: DataConfig, counts: Counter[str]) -> Iterator[Record]:
+    return ((place, _field(record, data, place)) for place, record in _json_objects(path, data, counts))
+
+
+def _json_objects(path: str, data: DataConfig, counts: Counter[str]) -> Iterator[tuple[str, dict[str, Any]]]:
     with open(path, "rb") as file:
         for number, raw in enumerate(file, 1):
             place = f"{path}, line {number}"
@@ -171,7 +186,7 @@ def _json_records(path: str, data: DataConfig, counts: Counter[str]) -> Iterator
                 raise UserError(f"{place}: not JSON ({error})") from error
             if not isinstance(record, dict):
                 raise UserError(f"{place}: a JSON {type(record).__name__}; each line must be an object")
-            yield place, _field(record, data, place)
+            yield place, record
 
 
 def _parquet_records(path: str, data: DataConfig) -> Iterator[Record]:

@@ -1,7 +1,8 @@
 """Tokenizers: bytes, byte-pair encoding (trained here or read from a tokenizer.json) and sentencepiece.
 
-All have one surface: `vocab_size`, `end_of_document` (the id that separates documents), `encode`, `encode_batch`,
-`decode`, and `to_dict`, which holds everything needed to build the tokenizer again and goes into checkpoints.
+All have one surface: `vocab_size`, `end_of_document` (the id that separates documents), `beginning` (the id that opens
+a prompt: the same, but for imported models that have another), `encode`, `encode_batch`, `decode`, and `to_dict`, which
+holds everything needed to build the tokenizer again and goes into checkpoints.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import numpy as np
 from tpu.errors import UserError
 
 END_OF_DOCUMENT = "<|endoftext|>"
-END_OF_DOCUMENT_NAMES = (END_OF_DOCUMENT, "<|end_of_text|>", "</s>", "<eos>", "<|eos|>", "[EOS]")
+END_OF_DOCUMENT_NAMES = (END_OF_DOCUMENT, "<|end_of_text|>", "</s>", "<eos>", "<|eos|>", "[EOS]", "[SEP]")
 
 # What one merge may not cross, as published with GPT-4's cl100k_base: contractions, words with one leading mark or
 # space, at most three digits, marks with the line ends after them, runs of white space.
@@ -30,7 +31,7 @@ class ByteTokenizer:
     """UTF-8 bytes 0..255; 256 ends a document."""
 
     vocab_size = 257
-    end_of_document = 256
+    end_of_document = beginning = 256
 
     def encode(self, text: str) -> list[int]:
         """The token ids of `text`."""
@@ -39,6 +40,11 @@ class ByteTokenizer:
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
         """The token ids of each text, [tokens] each."""
         return [np.frombuffer(text.encode(), np.uint8) for text in texts]
+
+    def encode_with_spans(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
+        """The token ids of `text`, and for each the characters [start, end) that it stands for."""
+        sizes = [len(character.encode()) for character in text]
+        return list(text.encode()), [(i, i + 1) for i, size in enumerate(sizes) for _ in range(size)]
 
     def decode(self, ids: Iterable[int]) -> str:
         """The text of `ids`; an incomplete character becomes U+FFFD, ids that are no byte are left out."""
@@ -54,10 +60,10 @@ class JsonTokenizer:
 
     The end of a document is the first of END_OF_DOCUMENT_NAMES in the vocabulary. Special tokens that occur in a text
     are read as ordinary text, so that no document can forge them. Raises UserError for a text that is no tokenizer or
-    has no such token; `origin` names it in the message.
+    has no such token; `origin` names it in the message. `beginning` opens a prompt, if the end of a document does not.
     """
 
-    def __init__(self, text: str, origin: str):
+    def __init__(self, text: str, origin: str, beginning: int | None = None):
         import tokenizers
 
         try:
@@ -74,6 +80,8 @@ class JsonTokenizer:
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
         self.end_of_document: int = self._tokenizer.token_to_id(names[0])
+        self.end_of_document_name = names[0]
+        self.beginning = self.end_of_document if beginning is None else beginning
         self.vocab_size: int = max(self._tokenizer.get_vocab(with_added_tokens=True).values()) + 1
 
     def encode(self, text: str) -> list[int]:
@@ -85,13 +93,19 @@ class JsonTokenizer:
         encodings = self._tokenizer.encode_batch_fast(texts, add_special_tokens=False)
         return [np.array(encoding.ids, np.uint32) for encoding in encodings]
 
+    def encode_with_spans(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
+        """The token ids of `text`, and for each the characters [start, end) that it stands for."""
+        encoding = self._tokenizer.encode(text, add_special_tokens=False)
+        return encoding.ids, encoding.offsets
+
     def decode(self, ids: Iterable[int]) -> str:
         """The text of `ids`; an incomplete character becomes U+FFFD, special and unknown ids are left out."""
         return self._tokenizer.decode([int(i) for i in ids], skip_special_tokens=True)
 
-    def to_dict(self) -> dict[str, str]:
+    def to_dict(self) -> dict[str, Any]:
         """What `from_dict` needs."""
-        return {"kind": "tokenizer.json", "text": self._text}
+        own = {} if self.beginning == self.end_of_document else {"beginning": self.beginning}
+        return {"kind": "tokenizer.json", "text": self._text, **own}
 
 
 class SentencePieceTokenizer:
@@ -100,7 +114,7 @@ class SentencePieceTokenizer:
     Raises UserError for bytes that are no model or have no `eos`; `origin` names them in the message.
     """
 
-    def __init__(self, model: bytes, origin: str):
+    def __init__(self, model: bytes, origin: str, beginning: int | None = None):
         import sentencepiece
 
         try:
@@ -109,6 +123,7 @@ class SentencePieceTokenizer:
             raise UserError(f"{origin}: not a sentencepiece model ({error})") from error
         self._model = model
         self.end_of_document: int = self._processor.eos_id()
+        self.beginning = self.end_of_document if beginning is None else beginning
         self.vocab_size: int = self._processor.vocab_size()
         if self.end_of_document < 0:
             raise UserError(f"{origin}: no end-of-document token; train the sentencepiece model with an eos_id")
@@ -121,13 +136,19 @@ class SentencePieceTokenizer:
         """The token ids of each text, [tokens] each."""
         return [np.array(ids, np.uint32) for ids in self._processor.encode(list(texts))]
 
+    def encode_with_spans(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
+        """The token ids of `text`, and for each the characters [start, end) that it stands for."""
+        pieces = self._processor.encode(text, out_type="immutable_proto").pieces
+        return [piece.id for piece in pieces], [(piece.begin, piece.end) for piece in pieces]
+
     def decode(self, ids: Iterable[int]) -> str:
         """The text of `ids`; end of document and ids outside the vocabulary are left out."""
         return self._processor.decode([int(i) for i in ids if i < self.vocab_size and i != self.end_of_document])
 
-    def to_dict(self) -> dict[str, str]:
+    def to_dict(self) -> dict[str, Any]:
         """What `from_dict` needs."""
-        return {"kind": "sentencepiece", "model": base64.b64encode(self._model).decode()}
+        own = {} if self.beginning == self.end_of_document else {"beginning": self.beginning}
+        return {"kind": "sentencepiece", "model": base64.b64encode(self._model).decode(), **own}
 
 
 Tokenizer = ByteTokenizer | JsonTokenizer | SentencePieceTokenizer
@@ -180,16 +201,22 @@ def from_dict(saved: dict[str, Any]) -> Tokenizer:
         case {"kind": "bytes"}:
             return ByteTokenizer()
         case {"kind": "tokenizer.json", "text": text}:
-            return JsonTokenizer(text, "the saved tokenizer")
+            return JsonTokenizer(text, "the saved tokenizer", saved.get("beginning"))
         case {"kind": "sentencepiece", "model": model}:
-            return SentencePieceTokenizer(base64.b64decode(model), "the saved tokenizer")
+            return SentencePieceTokenizer(base64.b64decode(model), "the saved tokenizer", saved.get("beginning"))
+        case {"kind": "none"}:
+            raise UserError("this checkpoint has no tokenizer: it was imported from a directory that has none")
     raise UserError(f"a saved tokenizer of kind {saved.get('kind')!r}: valid: bytes, tokenizer.json, sentencepiece")
 
 
-def check_vocabulary(tokenizer: Tokenizer, vocab_size: int) -> None:
-    """Raises UserError where the tokenizer has ids that an embedding of `vocab_size` rows does not."""
-    if tokenizer.vocab_size > vocab_size:
+def check_vocabulary(tokenizer: Tokenizer, vocab_size: int, special: int = 0) -> None:
+    """Raises UserError where the tokenizer has ids that an embedding of `vocab_size` rows does not.
+
+    The last `special` rows are the mask's or the sentinels' of an objective.
+    """
+    if tokenizer.vocab_size + special > vocab_size:
+        more = f" and the {special} special tokens of the objective" if special else ""
         raise UserError(
-            f"model.vocab_size={vocab_size}: smaller than the {tokenizer.vocab_size} tokens of the tokenizer; "
-            f"valid: {tokenizer.vocab_size} or more"
+            f"model.vocab_size={vocab_size}: smaller than the {tokenizer.vocab_size} tokens of the tokenizer{more}; "
+            f"valid: {tokenizer.vocab_size + special} or more"
         )

@@ -34,10 +34,10 @@ def test_rows_equal_the_reference(documents, context, keep_last):
     assert len(rows) == len(expected)
     for index, entries in enumerate(expected):
         row = rows[index]
-        assert {name: str(array.dtype) for name, array in row._asdict().items()} == DTYPES
+        assert {name: str(getattr(row, name).dtype) for name in DTYPES} == DTYPES
         segment, previous, position = 0, None, 0
         for t, entry in enumerate(entries):
-            found = tuple(array[t] for array in row)
+            found = tuple(getattr(row, name)[t] for name in DTYPES)
             if entry is None:
                 assert found == (END, END, 0.0, 0, 0)
                 continue
@@ -67,6 +67,16 @@ def test_a_document_longer_than_a_row_goes_on():
     assert rows[0].targets.tolist() == [1, 2, 3, 4]
 
 
+def test_positions_of_continuing_rows_go_on():
+    stream = np.array([END, 1, 2, 3, 4, 5, END, 6, 7, 8, 3, END, 1], np.uint16)
+    rows = PackedRows(stream, 4, END, keep_last=True, continuing=True)
+    found = [rows[i].positions.tolist() for i in range(len(rows))]
+    assert found == [[0, 1, 2, 3], [4, 5, 0, 1], [2, 3, 4, 0], [1, 0, 0, 0]]
+    plain = PackedRows(stream, 4, END, keep_last=True)
+    for i in range(len(rows)):
+        np.testing.assert_array_equal(rows[i].segments, plain[i].segments)
+
+
 def test_the_largest_token_of_a_wide_stream_survives():
     rows = PackedRows(np.array([70_000, 2**31 - 1], np.uint32), 2, 70_000, keep_last=False)
     assert rows[0].tokens.tolist() == [70_000, 2**31 - 1]
@@ -75,7 +85,8 @@ def test_the_largest_token_of_a_wide_stream_survives():
 @pytest.mark.parametrize("keep_last", [False, True])
 def test_a_padding_row_is_what_the_end_of_a_short_row_is(keep_last):
     short = PackedRows(np.array([END], np.uint16), 6, END, keep_last)[0]
-    for name, array in padding_row(6, END)._asdict().items():
-        assert str(array.dtype) == DTYPES[name]
+    for name, dtype in DTYPES.items():
+        array = getattr(padding_row(6, END), name)
+        assert str(array.dtype) == dtype
         np.testing.assert_array_equal(array[1:], getattr(short, name)[1:])
     assert padding_row(6, END).loss_weights.sum() == 0

@@ -12,6 +12,7 @@ import sys
 import threading
 import time
 
+import jax
 import numpy as np
 import pytest
 
@@ -57,15 +58,14 @@ def config(**fields) -> DataConfig:
 def assert_equal(a: list[Batch], b: list[Batch]) -> None:
     assert len(a) == len(b) > 0
     for x, y in zip(a, b, strict=True):
-        for name, array in x._asdict().items():
-            np.testing.assert_array_equal(array, getattr(y, name), err_msg=name)
+        jax.tree.map(np.testing.assert_array_equal, x, y)
 
 
 def test_shapes_and_dtypes():
     (batch,) = take(1, ONE, config())
     assert isinstance(batch, Batch)
-    assert {array.shape for array in batch} == {(4, CONTEXT)}
-    assert [str(array.dtype) for array in batch] == ["int32", "int32", "float32", "int32", "int32"]
+    assert {array.shape for array in jax.tree.leaves(batch)} == {(4, CONTEXT)}
+    assert [str(array.dtype) for array in jax.tree.leaves(batch)] == ["int32", "int32", "float32", "int32", "int32"]
 
 
 @pytest.mark.parametrize("corpus", [ONE, TWO])
@@ -98,7 +98,7 @@ def test_mixture_proportions(weights, share):
 @pytest.mark.parametrize("start", [0, 2])
 def test_a_process_makes_its_rows_of_the_global_batch(rows, start):
     data = config(weights=(1.0, 2.0))
-    whole = [Batch(*(array[rows] for array in batch)) for batch in take(6, TWO, data, start=start)]
+    whole = [jax.tree.map(lambda array: array[rows], batch) for batch in take(6, TWO, data, start=start)]
     assert_equal(take(6, TWO, data, start=start, rows=rows), whole)
 
 
@@ -189,10 +189,16 @@ def test_held_out_batches_are_whole_and_can_be_limited(files):
     assert batches[1].segments[0].any()
     assert not batches[1].segments[1:].any()
     assert not batches[1].loss_weights[1:].any()
-    assert [str(array.dtype) for array in batches[1]] == ["int32", "int32", "float32", "int32", "int32"]
+    assert [str(array.dtype) for array in jax.tree.leaves(batches[1])] == [
+        "int32",
+        "int32",
+        "float32",
+        "int32",
+        "int32",
+    ]
     assert_equal(list(pipeline.held_out_batches(corpus, files, rows - 1, limit=1)), batches[:1])
     mine = [0, 2, rows - 2]
-    parts = [Batch(*(array[mine] for array in batch)) for batch in batches]
+    parts = [jax.tree.map(lambda array: array[mine], batch) for batch in batches]
     assert_equal(list(pipeline.held_out_batches(corpus, files, rows - 1, rows=mine)), parts)
 
 

@@ -1,0 +1,115 @@
+"""All families, and which of them a directory or a model belongs to."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+from model.config import ModelConfig
+from model.families import bert, gemma2, gemma3, gpt2, llama, mistral, mixtral, olmo2, qwen2, qwen3, qwen3_moe, t5
+from model.families.mapping import Family
+from model.families.options import kinds
+from tpu.errors import UserError
+
+FAMILIES = tuple(m.FAMILY for m in (gpt2, llama, mistral, qwen2, qwen3, gemma2, gemma3, olmo2, mixtral, qwen3_moe))
+FAMILIES += bert.FAMILIES + t5.FAMILIES
+
+# Fields that say how a model is computed, trained or started, and not what it is.
+FREE = (
+    "embedding_dropout",
+    "attention_dropout",
+    "residual_dropout",
+    "capacity_factor",
+    "init",
+    "init_std",
+    "weight_dtype",
+    "compute_dtype",
+    "platform",
+    "attention",
+    "context_parallel",
+    "layer_loop",
+    "remat",
+    "pipeline_repeats",
+    "pipeline_microbatches",
+)
+
+
+def family_of(config: Any) -> Family:
+    """The family that a config.json names. Raises UserError, listing those known, for any other."""
+    if not isinstance(config, dict):
+        raise UserError("config.json: not a JSON object")
+    names = config.get("architectures") or [config.get("model_type")]
+    for family in FAMILIES:
+        if names[:1] in ([family.model_type], *([name] for name in family.architectures)) and family.fits(config):
+            return family
+    known = ", ".join(dict.fromkeys(family.architectures[0] for family in FAMILIES))
+    raise UserError(f"config.json: architecture {names[0]!r} is not known; known: {known}")
+
+
+def named(name: str) -> tuple[Family, ...]:
+    """The families of this model_type or architecture. Raises UserError, listing those known, where there is none."""
+    found = tuple(family for family in FAMILIES if name in (family.model_type, *family.architectures))
+    if not found:
+        known = dict.fromkeys(name for family in FAMILIES for name in (family.model_type, *family.architectures))
+        raise UserError(f"family {name!r} is not known; known: {', '.join(known)}")
+    return found
+
+
+def describe(family: Family, model: ModelConfig) -> dict[str, Any]:
+    """config.json of a resolved model. Raises UserError naming the fields that the family cannot express."""
+    options = family.write(model) | {"architectures": [family.architectures[0]], "model_type": family.model_type}
+    if lost := _lost(family, model, options):
+        raise UserError(f"{family.architectures[0]} cannot express this model: {'; '.join(lost)}")
+    return options
+
+
+def that_can_express(model: ModelConfig, families: tuple[Family, ...] = FAMILIES) -> Family:
+    """The first of the families that can. Raises UserError saying what the nearest one lacks."""
+    lost = []
+    for family in families:
+        options = family.write(model)
+        lost.append(_lost(family, model, options))
+        if not lost[-1] and family.fits(options):
+            return family
+    nearest = min(zip(lost, families, strict=True), key=lambda pair: len(pair[0]))[1]
+    describe(nearest, model)
+    raise UserError(f"no known architecture can express this model; the nearest is {nearest.model_type}")
+
+
+def _lost(family: Family, model: ModelConfig, options: dict[str, Any]) -> list[str]:
+    """What of a model is another when read from `options`."""
+    try:
+        told, wanted = _bare(family.read(options)), _bare(model)
+    except UserError as error:
+        return [str(error)]
+    return [
+        f"model.{name}={value!r} would become {told[name]!r}" for name, value in wanted.items() if told[name] != value
+    ]
+
+
+def _bare(model: ModelConfig) -> dict[str, Any]:
+    """What a model is, field by field, with everything that makes no difference left out."""
+    fields = {f.name: getattr(model, f.name) for f in dataclasses.fields(model) if f.name not in FREE}
+    fields["pattern"] = kinds(model)
+    fields["query_scalar"] = model.query_scalar or float(model.head_dim)
+    without_effect = {
+        "window": "local" not in model.pattern,
+        "rope_local_theta": "local" not in model.pattern,
+        "norm_bias": model.norm != "layernorm",
+        "attention_out_bias": not model.attention_bias,
+        "qk_norm_over": not model.qk_norm,
+        "max_positions": model.positions != "learned",
+        "relative_buckets": model.positions != "relative",
+        "relative_distance": model.positions != "relative",
+        "mlp_dim": model.experts > 0 and model.moe_every == 1,
+    }
+    of_experts = ("experts_per_token", "moe_every", "router", "router_renormalize", "router_scale")
+    without_effect |= dict.fromkeys(of_experts, not model.experts)
+    without_effect |= {
+        f"rope_{f}": model.positions != "rope" for f in ("theta", "interleaved", "scaling", "local_theta")
+    }
+    unscaled = model.positions != "rope" or model.rope_scaling == "none"
+    without_effect |= {
+        f"rope_{f}": unscaled for f in ("factor", "original_context", "slow", "fast", "attention_factor")
+    }
+    return {name: None if without_effect.get(name) else value for name, value in fields.items()}

@@ -1,0 +1,93 @@
+"""The one command trains every objective, resumes bitwise, evaluates; and learns small tasks made of real text."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+
+from tpu import host
+from train.config import OBJECTIVES, Experiment
+from train.pretrain import pretrain
+from train.restore import open_checkpoint
+from train.signals import Stop
+from train.workdir import Workdir
+
+ROOT = Path(__file__).resolve().parents[2]
+RECORDS = {
+    "classification": lambda i: "even" if i % 2 else "odd",
+    "regression": lambda i: i / 40,
+    "multi_label": lambda i: ["a"] * (i % 2) + ["b"] * (i % 3 == 0),
+    "token_classification": lambda i: [[0, 2, "start"]],
+    "span": lambda i: [1, 3],
+    "sequence_to_sequence": lambda i: f"answer {i}",
+}
+BERT = {"kind": "encoder", "positions": "learned", "max_positions": 64, "norm_order": "post", "token_types": 2}
+T5 = {"kind": "encoder_decoder", "positions": "relative", "norm": "rmsnorm", "query_scalar": 1.0}
+
+
+@pytest.fixture
+def run(monkeypatch) -> Callable[[Experiment, Path], list[dict[str, Any]]]:
+    """A function that trains in this process, on one device, and gives the lines of metrics.jsonl."""
+    device = jax.devices()[:1]
+    monkeypatch.setattr(jax, "devices", lambda: device)
+    monkeypatch.setattr(host, "measured_matmul_rate", lambda dtype: 1e9)
+
+    def trained(experiment: Experiment, path: Path) -> list[dict[str, Any]]:
+        with Stop() as stop:
+            workdir = Workdir(path)
+            try:
+                assert pretrain(experiment, workdir, stop) == 0
+            finally:
+                workdir.close()
+        return [json.loads(line) for line in (path / "metrics.jsonl").read_text().splitlines()]
+
+    return trained
+
+
+@pytest.mark.parametrize("objective", [name for name in OBJECTIVES if name != "next_token"])
+def test_every_objective_trains_evaluates_and_resumes_bitwise(objective, micro, run, tmp_path):
+    kind, head = OBJECTIVES[objective]
+    model = BERT if kind == "encoder" else T5
+    labels = {"regression": 1, "token_classification": 2}.get(objective, 2) if head != "language" else 0
+    data: dict[str, Any] = {"bpe_vocab_size": 257}
+    if objective in RECORDS:
+        lines = [{"text": f"number {i} of many", "label": RECORDS[objective](i)} for i in range(40)]
+        (tmp_path / "records.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+        data |= {"sources": (str(tmp_path / "records.jsonl"),)}
+    shape = {"attention_bias": True, "mlp_bias": True, "vocab_size": 280, "head": head, "labels": labels}
+    changed = {"model": model | shape, "data": data, "objective": {"name": objective}}
+    whole = run(micro(**changed, run={"steps": 6}), tmp_path / "whole")
+    run(micro(**changed, run={"steps": 3}), tmp_path / "parts")
+    run(micro(**changed, run={"steps": 6}), tmp_path / "parts")
+    assert "eval" in whole[-1]
+    assert ("accuracy" in whole[-1]["eval"]) == (head != "language" and objective != "regression")
+    states = [open_checkpoint(tmp_path / name / "checkpoints" / "6").weights for name in ("whole", "parts")]
+    for (path, x), y in zip(jax.tree_util.tree_leaves_with_path(states[0]), jax.tree.leaves(states[1]), strict=True):
+        np.testing.assert_array_equal(x, y, err_msg=jax.tree_util.keystr(path))
+
+
+# Real text; the tasks, thresholds and baselines are those of docs/encoder_tasks.py.
+
+
+def tasks() -> Any:
+    spec = importlib.util.spec_from_file_location("encoder_tasks", ROOT / "docs" / "encoder_tasks.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", tasks().TASKS)
+def test_small_models_learn_real_tasks(name, tmp_path):
+    folder = os.environ.get("FOURSIGHT_TASK_DATA")
+    if not folder or not Path(folder).is_dir():
+        pytest.skip("FOURSIGHT_TASK_DATA names no folder with gsm8k/ and bbh/ (see docs/encoder_tasks.py)")
+    assert tasks().train(name, Path(folder), tmp_path)["reached"]
