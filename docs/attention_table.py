@@ -213,7 +213,8 @@ def kinds_table(quick: bool) -> str:
         speeds += ["—"] * (2 - len(speeds))
         errors = f"{reference_error(fields):.0e} | {decode_error(fields):.0e}"
         flags = " ".join(f"{field}={value}".replace(" ", "") for field, value in fields.items())
-        lines.append(f"| {name} | `{file}` | {paper} | {errors} | {' | '.join(speeds)} | `{flags}` |")
+        flags = f"`{flags}`" if flags else "—"
+        lines.append(f"| {name} | `{file}` | {paper} | {errors} | {' | '.join(speeds)} | {flags} |")
         print(lines[-1], flush=True)
     rates = ", ".join(f"{speed:,.0f} at {context:,}" for context, speed in dense.items())
     return "\n".join(lines) + f"\n\nTokens per second of a layer are relative to dense: {rates}."

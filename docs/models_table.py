@@ -64,7 +64,9 @@ def row(family: Family, model: ModelConfig, found: list[dict[str, float]], token
     said = "differ" if worst["wrong_tokens"] else f"{tokens} of {tokens} equal" if tokens else "—"
     figures = " | ".join(f"{worst[name]:.0e}" for name in ("logits", "loss", "gradient_norms"))
     encodes, name = model.kind != "decoder", family.architectures[0]
-    tests = f"test_encoder_cases.py -k {name}" if encodes else f"test_cases.py -k {family.model_type[:9]}"
+    tests = (
+        f"test_encoder_cases.py -k {name}" if encodes else f"test_cases.py -k {family.model_type.removesuffix('_text')}"
+    )
     cells = [name, f"[{file}](../{file})", family.paper, str(len(found)), figures, said, *speeds(model)]
     return f"| {' | '.join(cells)} | `pytest tests/peers/{tests}` |"
 
