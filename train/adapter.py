@@ -74,8 +74,8 @@ def merge(path: pathlib.Path, workdir: pathlib.Path, base: str | None = None) ->
 def export(path: pathlib.Path, to: pathlib.Path, base: str | None = None) -> None:
     """Writes the adapter in PEFT's layout."""
     from train import checkpoint, peft
-    from train.adapters import parts
-    from train.base import base_of
+    from train.adapter_base import base_of
+    from train.adapter_weights import parts
 
     step_dir = checkpoint.find(path)
     meta = checkpoint.read_meta(step_dir)
@@ -94,7 +94,7 @@ def import_peft(source: pathlib.Path, path: pathlib.Path, workdir: pathlib.Path)
     """Writes an adapter that PEFT wrote as step 0 of a new workdir, over the base in `path`."""
     from model import transformer
     from train import checkpoint, peft
-    from train.base import open_base
+    from train.adapter_base import open_base
 
     base = open_base(path)
     config = base.experiment.model.placed("cpu", "float32")

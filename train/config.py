@@ -159,7 +159,7 @@ class RunConfig:
 
 @dataclasses.dataclass
 class AdapterConfig:
-    """What is trained beside frozen weights, by `train.finetune` (see train.adapters)."""
+    """What is trained beside frozen weights, by `train.finetune` (see train.adapter_weights)."""
 
     kind: str = "none"  # lora, dora, bottleneck, prefix, bias (BitFit); none: all weights are trained
     targets: tuple[str, ...] = (r"attention\.(query|value)$",)  # of lora, dora: patterns, found in the matrices' paths

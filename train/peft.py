@@ -22,7 +22,7 @@ from safetensors.numpy import load_file, save_file
 
 from model.config import ModelConfig
 from tpu.errors import UserError
-from train.adapters import lora_scale, parts
+from train.adapter_weights import lora_scale, parts
 from train.config import AdapterConfig
 
 CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"

@@ -28,7 +28,7 @@ from train import entry
 from train.config import Experiment, RunConfig, to_dict
 
 if TYPE_CHECKING:
-    from train.base import Base
+    from train.adapter_base import Base
     from train.data.batch import Batch
     from train.data.pipeline import Corpus
     from train.data.tokenizer import Tokenizer

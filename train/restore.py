@@ -16,8 +16,8 @@ from model.transformer import Weights
 from tpu import host
 from tpu.errors import UserError
 from tpu.mesh import make_mesh
-from train import adapters, checkpoint
-from train.base import base_of
+from train import adapter_weights, checkpoint
+from train.adapter_base import base_of
 from train.config import AdapterConfig, Experiment, MeshConfig, from_dict
 from train.data import tokenizer as tokenizers
 from train.step import make_program
@@ -69,7 +69,7 @@ def open_checkpoint(
     weights = checkpoint.load_weights(step_dir, getattr(program.abstract_state, field), field)
     if below:
         frozen = checkpoint.load_weights(below.step_dir, program.abstract_base)
-        weights = jax.jit(functools.partial(adapters.merged, experiment.adapter))(frozen, weights)
+        weights = jax.jit(functools.partial(adapter_weights.merged, experiment.adapter))(frozen, weights)
         program = make_program(dataclasses.replace(experiment, adapter=AdapterConfig()), mesh)
     return Trained(
         step_dir=step_dir,

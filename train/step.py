@@ -26,7 +26,7 @@ from model.memory import Memory, empty_memory
 from model.ring_attention import zigzag
 from model.transformer import Transformer, Weights
 from tpu import rules
-from train import adapters
+from train import adapter_weights
 from train.balance import Routings, balance_figures, balance_loss, loads, rebalanced, router_z_loss
 from train.config import LABEL_HEADS, Experiment
 from train.data.batch import Batch
@@ -170,7 +170,7 @@ def make_program(experiment: Experiment, mesh: Mesh) -> Program:
     """The jitted functions of an experiment that is `resolved` and whose model is `placed`; allocates nothing."""
     config, adapter = experiment.model, experiment.adapter
     graphdef, _, model_axes = kinds.build(config)
-    parts = adapters.parts(adapter, config) if adapter.kind != "none" else None
+    parts = adapter_weights.parts(adapter, config) if adapter.kind != "none" else None
     axes = parts.trained_axes if parts else model_axes
     learning_rate = schedule(experiment.optimizer, experiment.run.steps)
     rule = optimizer(experiment.optimizer, learning_rate, axes)
@@ -181,7 +181,7 @@ def make_program(experiment: Experiment, mesh: Mesh) -> Program:
     def init(key: jax.Array, given: Weights | None = None) -> TrainState:
         init_key, run_key = jax.random.split(key)
         if parts:
-            weights = adapters.init(adapter, config, init_key, given)
+            weights = adapter_weights.init(adapter, config, init_key, given)
         else:
             weights = kinds.init(config, init_key) if given is None else given
         ema = jax.tree.map(lambda w: w.astype(jnp.float32), weights) if experiment.optimizer.ema_decay else None
@@ -192,7 +192,7 @@ def make_program(experiment: Experiment, mesh: Mesh) -> Program:
         return empty_memory(config, experiment.data.batch_size) if config.remembers else None
 
     def model_of(weights: Weights, base: Weights | None, keys: jax.Array | None) -> Any:
-        return transformer.bind(graphdef, adapters.combined(adapter, base, weights, keys) if parts else weights)
+        return transformer.bind(graphdef, adapter_weights.combined(adapter, base, weights, keys) if parts else weights)
 
     def loss(weights: Weights, base: Weights | None, part: Any, of_all: Any) -> tuple[jax.Array, Any]:
         """A part of a batch's share in its loss, and ((share of the nll, what the routers did), memory).

@@ -12,7 +12,7 @@ from model import kinds
 from model.config import ModelConfig
 from model.lora import FACTORS
 from tpu.pipeline import bubble_fraction
-from train import adapters
+from train import adapter_weights
 from train.config import Experiment, to_dict
 from train.optimizer import optimizer, state_bytes
 from train.schedule import schedule
@@ -88,7 +88,7 @@ def summarize(experiment: Experiment) -> dict[str, Any]:
         _, weights, axes = kinds.build(config)
         counts = parameter_counts(weights, config)
     else:
-        frozen, _, weights, axes = adapters.parts(adapter, config)
+        frozen, _, weights, axes = adapter_weights.parts(adapter, config)
         trained, base = parameter_counts(weights)["total"], parameter_counts(frozen, config)
         counts = {name: count + (0 if name == "embedding" else trained) for name, count in base.items()}
         counts |= {"trained": trained, "frozen": base["total"]}

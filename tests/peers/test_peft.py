@@ -20,7 +20,8 @@ from model import transformer
 from model.attention import Place
 from model.config import ModelConfig
 from tpu.errors import UserError
-from train import adapters, peft
+from train import adapter_weights, peft
+from train.config import AdapterConfig
 
 HERE = Path(__file__).resolve().parent
 CASES = sorted(path.name for path in (HERE / "adapters").iterdir())
@@ -125,8 +126,8 @@ def test_an_adapter_of_peft_gives_its_logits(case):
     config, base, saved = base_of(case)
     close(logits(config, base, saved["input_ids"]), saved["base_logits"])
     adapter, trained = peft.load(HERE / "adapters" / case, config, base)
-    close(logits(config, adapters.combined(adapter, base, trained), saved["input_ids"]), saved["logits"])
-    close(logits(config, adapters.merged(adapter, base, trained), saved["input_ids"]), saved["logits"])
+    close(logits(config, adapter_weights.combined(adapter, base, trained), saved["input_ids"]), saved["logits"])
+    close(logits(config, adapter_weights.merged(adapter, base, trained), saved["input_ids"]), saved["logits"])
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -139,7 +140,7 @@ def test_what_is_exported_is_the_same_adapter(case, tmp_path):
     for name, product in products.items():
         np.testing.assert_allclose(product, theirs[name], rtol=0, atol=1e-6)
     again, once_more = peft.load(tmp_path, config, base)
-    close(logits(config, adapters.merged(again, base, once_more), saved["input_ids"]), saved["logits"])
+    close(logits(config, adapter_weights.merged(again, base, once_more), saved["input_ids"]), saved["logits"])
 
 
 def products_of(path: Path) -> dict[str, np.ndarray]:
@@ -164,13 +165,13 @@ def test_some_of_a_fused_matrix(tmp_path):
     """Values alone: queries and keys, which PEFT has in the same matrix, stay as they are."""
     config, base, saved = base_of("gpt2_lora")
     for kind in ("lora", "dora"):
-        adapter = adapters.AdapterConfig(kind=kind, rank=2, alpha=3.0, targets=(r"value$", r"mlp\.down"))
-        trained = adapters.init(adapter, config, jax.random.key(0), base)
+        adapter = AdapterConfig(kind=kind, rank=2, alpha=3.0, targets=(r"value$", r"mlp\.down"))
+        trained = adapter_weights.init(adapter, config, jax.random.key(0), base)
         trained = jax.tree.map(lambda w: w + 0.3 * jax.random.normal(jax.random.key(1), w.shape), trained)
         peft.export(tmp_path / kind, adapter, config, trained, base, "base")
         again, once_more = peft.load(tmp_path / kind, config, base)
-        wanted = logits(config, adapters.merged(adapter, base, trained), saved["input_ids"])
-        close(logits(config, adapters.merged(again, base, once_more), saved["input_ids"]), wanted)
+        wanted = logits(config, adapter_weights.merged(adapter, base, trained), saved["input_ids"])
+        close(logits(config, adapter_weights.merged(again, base, once_more), saved["input_ids"]), wanted)
 
 
 def test_peft_loads_what_is_exported(tmp_path):

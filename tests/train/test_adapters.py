@@ -28,8 +28,8 @@ from tpu.errors import UserError
 from tpu.hlo_counts import count
 from tpu.mesh import make_mesh
 from train import adapter as tool
-from train import adapters, checkpoint, manifest
-from train.base import open_base
+from train import adapter_weights, checkpoint, manifest
+from train.adapter_base import open_base
 from train.config import AdapterConfig, DataConfig, Experiment, MeshConfig, OptimizerConfig
 from train.data.batch import Batch
 from train.finetune import on_base
@@ -79,8 +79,8 @@ def noise(tree: Any, seed: int = 0, scale: float = 0.3) -> Any:
 def drawn(kind: str, **model: Any) -> tuple[ModelConfig, Any, Any]:
     """A model's config, random base weights and the adapter's first ones."""
     adapter, config = KINDS[kind], experiment(KINDS[kind], **model).model
-    base = noise(transformer.init(adapters.base_model(adapter, config), jax.random.key(0)))
-    return config, base, jax.jit(lambda base: adapters.init(adapter, config, jax.random.key(1), base))(base)
+    base = noise(transformer.init(adapter_weights.base_model(adapter, config), jax.random.key(0)))
+    return config, base, jax.jit(lambda base: adapter_weights.init(adapter, config, jax.random.key(1), base))(base)
 
 
 def batch() -> Batch:
@@ -98,7 +98,7 @@ def logits(config: ModelConfig, weights: Any) -> jax.Array:
 
 
 def combined_logits(kind: str, config: ModelConfig) -> Callable[[Any, Any], jax.Array]:
-    return jax.jit(lambda base, trained: logits(config, adapters.combined(KINDS[kind], base, trained)))
+    return jax.jit(lambda base, trained: logits(config, adapter_weights.combined(KINDS[kind], base, trained)))
 
 
 def close(found: Any, wanted: Any) -> None:
@@ -112,7 +112,7 @@ def close(found: Any, wanted: Any) -> None:
 @pytest.mark.parametrize("kind", KINDS)
 def test_at_the_start_it_is_the_base_to_the_bit(kind):
     config, base, trained = drawn(kind)
-    alone = jax.jit(lambda base: logits(adapters.base_model(KINDS[kind], config), base))(base)
+    alone = jax.jit(lambda base: logits(adapter_weights.base_model(KINDS[kind], config), base))(base)
     np.testing.assert_array_equal(combined_logits(kind, config)(base, trained), alone)
     moved = np.abs(combined_logits(kind, config)(base, noise(trained)) - alone).max()
     assert moved > 0.05  # and not because it does nothing
@@ -123,7 +123,7 @@ def test_at_the_start_it_is_the_base_to_the_bit(kind):
 def test_merged_equals_unmerged(kind, weight_dtype):
     config, base, trained = drawn(kind, weight_dtype=weight_dtype)
     trained = noise(trained, scale=0.1)
-    merged = adapters.merged(KINDS[kind], base, trained)
+    merged = adapter_weights.merged(KINDS[kind], base, trained)
     assert {type(leaf) for leaf in jax.tree.leaves(merged)} <= {jax.Array, type(jnp.zeros(1)), np.ndarray}
     unmerged = combined_logits(kind, config)(base, trained)
     close(jax.jit(lambda w: logits(config, w))(merged), unmerged)
@@ -136,7 +136,7 @@ def test_dora_is_its_formula():
     trained = noise(trained)
     block = base["stack"]["groups"]["layer_0"]["attention"]
     change = trained["stack"]["groups"]["layer_0"]["attention"]
-    merged = adapters.merged(adapter, base, trained)["stack"]["groups"]["layer_0"]["attention"]
+    merged = adapter_weights.merged(adapter, base, trained)["stack"]["groups"]["layer_0"]["attention"]
     for name, inputs in (("query", 1), ("out", 2)):
         w, (a, b, m) = block[name]["kernel"], (change[name]["kernel"][k] for k in ("lora_a", "lora_b", "magnitude"))
         for layer in range(2):
@@ -156,7 +156,7 @@ def test_dora_is_its_formula():
 
     def kernel(b: jax.Array) -> Any:
         factors = {"lora_a": a[0], "lora_b": b, "magnitude": m[0]}
-        return adapters.combined(adapter, {"k": w[0]}, {"k": factors})["k"]
+        return adapter_weights.combined(adapter, {"k": w[0]}, {"k": factors})["k"]
 
     found = jax.grad(lambda b: jnp.sin(kernel(b).matmul(x, 2, "float32", "cpu", "float32")).sum())(b[0])
     v = w[0].reshape(16, -1) + 2.0 * a[0].reshape(16, -1) @ b[0].reshape(3, -1)
@@ -166,8 +166,8 @@ def test_dora_is_its_formula():
 
 
 def test_the_scale_of_lora():
-    assert adapters.lora_scale(AdapterConfig(rank=16, alpha=8.0)) == 0.5
-    assert adapters.lora_scale(AdapterConfig(rank=16, alpha=8.0, rslora=True)) == 2.0
+    assert adapter_weights.lora_scale(AdapterConfig(rank=16, alpha=8.0)) == 0.5
+    assert adapter_weights.lora_scale(AdapterConfig(rank=16, alpha=8.0, rslora=True)) == 2.0
 
 
 def test_a_prefix_whose_gates_are_one_is_part_of_the_softmax():
@@ -204,7 +204,7 @@ def nnx_rngs() -> Any:
 def test_decoding_equals_the_full_forward(kind):
     """Unmerged, through the cache, token by token."""
     config, base, trained = drawn(kind, layer_loop="unroll")
-    weights = adapters.combined(KINDS[kind], base, noise(trained))
+    weights = adapter_weights.combined(KINDS[kind], base, noise(trained))
     tokens = jnp.asarray(np.random.default_rng(0).integers(0, VOCAB, (2, 8)))
     graphdef = transformer.build(config)[0]
     place = Place(jnp.ones_like(tokens), jnp.broadcast_to(jnp.arange(8), tokens.shape))
@@ -226,7 +226,7 @@ def test_adapters_and_shared_layers():
         config, base, trained = drawn("lora", layer_loop=loop, **model)
         found = combined_logits("lora", config)(base, noise(trained))
         assert {len(leaf) for leaf in jax.tree.leaves(trained)} == {2}
-        merged = jax.jit(lambda w, c=config: logits(c, w))(adapters.merged(KINDS["lora"], base, noise(trained)))
+        merged = jax.jit(lambda w, c=config: logits(c, w))(adapter_weights.merged(KINDS["lora"], base, noise(trained)))
         close(merged, found)
         wanted = found if wanted is None else wanted
         close(found, wanted)
