@@ -3,7 +3,7 @@
 A token may attend to a key of the same segment whose position is not later than its own and, in a local layer, less
 than `window` positions earlier; block-sparse layers see less (`model.block_sparse_attention`). The same rule serves
 packed training rows and the cache of generation, where a key is in segment 0 until it is written. Encoders and
-cross-attention hide nothing but other segments.
+cross-attention hide nothing but other segments; tokens of one block see each other too (prefixes, images).
 
 Legend: B batch, T queries, S keys, H heads, G kv_heads, R = H / G, K head_dim.
 """
@@ -28,10 +28,14 @@ from tpu import rules
 
 
 class Place(NamedTuple):
-    """Where tokens stand: segments [B, T] and positions inside them [B, T], both int32."""
+    """Where tokens stand: segments [B, T] and positions inside them [B, T], both int32.
+
+    `blocks` [B, T] int32, where there are any, number tokens that see each other both ways; 0 is in no block.
+    """
 
     segments: jax.Array
     positions: jax.Array
+    blocks: jax.Array | None = None
 
 
 def visible(queries: Place, keys: Place, window: int, causal: bool = True) -> jax.Array:
@@ -42,8 +46,12 @@ def visible(queries: Place, keys: Place, window: int, causal: bool = True) -> ja
     if not causal:
         return queries.segments[:, :, None] == keys.segments[:, None, :]
     distance = queries.positions[:, :, None] - keys.positions[:, None, :]
-    allowed = (queries.segments[:, :, None] == keys.segments[:, None, :]) & (distance >= 0)
-    return allowed & (distance < window) if window else allowed
+    together = queries.segments[:, :, None] == keys.segments[:, None, :]
+    seen = distance >= 0
+    if queries.blocks is not None:
+        blocks = queries.blocks[:, :, None]
+        seen |= (blocks == keys.blocks[:, None, :]) & (blocks > 0)
+    return together & seen & (distance < window) if window else together & seen
 
 
 def attend(
@@ -91,7 +99,7 @@ def attend(
       [B, H, T, K] in q's dtype. A query that may see nothing gets the mean of all values.
     """
     with_dropout = key is not None and dropout_rate > 0.0
-    whole = bias is not None or (kind == "chunked" and not causal)
+    whole = bias is not None or (kind == "chunked" and not causal) or queries.blocks is not None
     if kind == "plain" or not (queries is keys or own) or with_dropout or whole:
         mask = visible(queries, keys, window, causal)
         if sparse is not None:
@@ -100,7 +108,7 @@ def attend(
             bias = linear_bias.bias(q.shape[1], queries.positions, keys.positions)
         return plain_attention(q, k, v, mask, softcap, dropout_rate, key, bias, sinks)
     if sparse is not None:
-        return block_sparse_attention(q, k, v, *keys, sparse, softcap, alibi, sinks)
+        return block_sparse_attention(q, k, v, *keys[:2], sparse, softcap, alibi, sinks)
     heads = "activation_heads"
     if rules.devices_along("sequence") > 1:
         if context_parallel == "ring":
@@ -117,7 +125,7 @@ def attend(
     elif not causal:
         out = plain_attention(q, k, v, visible(queries, keys, window, causal), softcap, sinks=sinks)
     else:
-        out = chunked_attention(q, k, v, *keys, window, softcap, alibi, sinks)
+        out = chunked_attention(q, k, v, *keys[:2], window, softcap, alibi, sinks)
     return rules.constrain(out, "batch", "activation_heads", "sequence", "head_dim")
 
 

@@ -104,7 +104,7 @@ class SelfAttention(nnx.Module):
             q, k, v = named(q, k, v)
         keys = place if slots is None else slots
         if own:
-            keys = Place(*(a[:, -k.shape[2] :] for a in slots))
+            keys = Place(*(a[:, -k.shape[2] :] for a in slots[:2]))
         elif cached is not None:
             cached = k, v = kv_cache.write(cached, k, v, place.positions)
         if rotation is not None and "keys" in rotation:

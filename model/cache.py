@@ -20,8 +20,16 @@ class Cache(NamedTuple):
 
     slots: Place  # [B, S]: segment 1 where a slot is written, 0 elsewhere; position = slot number
     # {"layer_i": (keys, values)} per group of layers, [B, G, S, K] each, or of linear layers the state [B, G, K, V]:
-    # stacked, or a list when unrolled
+    # stacked, or a list when unrolled; with model.streams as a list of its "parts", and "streams" of their own
     layers: Any
+
+
+def parts(config: ModelConfig) -> list[tuple[int, int]]:
+    """The runs of groups of layers that connections to other streams separate (`model.streams`): first, end of each."""
+    if config.fusion not in ("co", "tangled"):
+        return []
+    groups, count = config.layers // len(config.pattern), config.vision.connections
+    return [(0, groups - count), *((i, i + 1) for i in range(groups - count, groups))]
 
 
 def empty_cache(config: ModelConfig, rows: int, slots: int) -> Cache:
@@ -37,7 +45,17 @@ def empty_cache(config: ModelConfig, rows: int, slots: int) -> Cache:
     def group(lead: tuple[int, ...]) -> dict[str, Any]:
         return {f"layer_{i}": layer(kind, lead) for i, kind in enumerate(config.pattern)}
 
-    layers = [group(()) for _ in range(groups)] if config.layer_loop == "unroll" else group((groups,))
+    def part(size: int) -> Any:
+        return [group(()) for _ in range(size)] if config.layer_loop == "unroll" else group((size,))
+
+    ends = parts(config)
+    layers: Any = part(groups)
+    if ends:
+        vision, streams = config.vision, [None] * (len(ends) - 1)
+        if config.fusion == "tangled":  # Its connections attend to the text, and have keys and values of their own.
+            own = (rows, vision.connection_heads, slots, vision.connection_dim // vision.connection_heads)
+            streams = [((jnp.zeros(own, config.compute_dtype),) * 2, None) for _ in streams]
+        layers = {"parts": [part(last - first) for first, last in ends], "streams": streams}
     positions = jnp.broadcast_to(jnp.arange(slots, dtype=jnp.int32), (rows, slots))
     return Cache(Place(jnp.zeros((rows, slots), jnp.int32), positions), layers)
 
@@ -45,7 +63,10 @@ def empty_cache(config: ModelConfig, rows: int, slots: int) -> Cache:
 def write_slots(slots: Place, place: Place) -> Place:
     """Marks the slots at `place.positions` [B, T] with `place.segments` (1: a token, 0: padding)."""
     rows = jnp.arange(slots.segments.shape[0])[:, None]
-    return Place(slots.segments.at[rows, place.positions].set(place.segments), slots.positions)
+    blocks = None
+    if place.blocks is not None:
+        blocks = jnp.zeros_like(slots.segments).at[rows, place.positions].set(place.blocks)
+    return Place(slots.segments.at[rows, place.positions].set(place.segments), slots.positions, blocks)
 
 
 def write(

@@ -4,17 +4,19 @@
 import dataclasses
 import math
 
+from model.vision_config import VisionConfig
 from tpu.errors import UserError
 
 CHOICES = {
-    "kind": ("decoder", "encoder", "encoder_decoder"),
+    "kind": ("decoder", "encoder", "encoder_decoder", "vision"),
+    "fusion": ("none", "merge", "cross", "co", "tangled", "contrastive"),
     "head": ("language", "pooled", "token"),
     "positions": ("rope", "learned", "sinusoidal", "relative", "alibi", "none"),
     "norm": ("layernorm", "rmsnorm"),
     "norm_order": ("pre", "post", "sandwich", "reordered"),
     "qk_norm_over": ("head_dim", "projection"),
     "rope_scaling": ("none", "linear", "ntk", "dynamic", "yarn", "llama3"),
-    "activation": ("gelu", "gelu_tanh", "relu", "swiglu", "geglu", "geglu_erf", "reglu"),
+    "activation": ("gelu", "gelu_tanh", "quick_gelu", "relu", "swiglu", "geglu", "geglu_erf", "reglu"),
     "router": ("softmax", "sigmoid"),
     "init": ("gpt2", "normal", "fan_in", "xavier"),
     "weight_dtype": ("float32", "bfloat16"),
@@ -106,6 +108,8 @@ class ModelConfig:
     rope_fast: float = 0.0  # and from which on it stays; 0: 32 (yarn), 4 (llama3)
     rope_attention_factor: float = 0.0  # yarn: multiplies queries and keys; 0: 0.1 ln(rope_factor) + 1
     rope_local_theta: float = 0.0  # of "local" layers, unscaled (Gemma 3); 0: as the other layers
+    # Pairs that turn with a token's time, row and column (M-RoPE, arXiv:2409.12191); (): all with its place in the text
+    rope_sections: tuple[int, ...] = ()
     relative_buckets: int = 32  # of positions="relative" (T5): rows of the table of score biases
     relative_distance: int = 128  # from which distance on all share a row
 
@@ -145,7 +149,7 @@ class ModelConfig:
     prefix_tokens: int = 0  # learned keys and values that every token sees (model.prefix); 0: none
 
     # Encoders and encoder-decoders (docs/encoders.md)
-    kind: str = "decoder"  # decoder, encoder (model.bert) or encoder_decoder (model.encoder_decoder)
+    kind: str = "decoder"  # decoder, encoder (model.bert), encoder_decoder (model.encoder_decoder), vision (model.vit)
     head: str = "language"  # of an encoder: language (masked tokens), pooled (a label per text), token (one per token)
     labels: int = 0  # outputs of a pooled or token head
     token_types: int = 0  # of an encoder: kinds of tokens with an embedding of their own (first and second text)
@@ -153,6 +157,10 @@ class ModelConfig:
     decoder_layers: int = 0  # of an encoder_decoder; 0: layers
     output_scale: float = 1.0  # of an encoder_decoder's states before the head; T5 with tied head: 1 / sqrt(embed_dim)
     start_token: int = -1  # with which an encoder_decoder's decoder begins; -1: the end-of-document token
+
+    # Images (docs/sight.md)
+    fusion: str = "none"  # how they reach the text: merge, cross, co, tangled or contrastive (model.fusion)
+    vision: VisionConfig = dataclasses.field(default_factory=VisionConfig)
 
     # How it is computed
     weight_dtype: str = "float32"
@@ -188,6 +196,9 @@ class ModelConfig:
         if config.experts:
             config.expert_dim = config.expert_dim or config.mlp_dim
             config.pattern *= math.lcm(len(config.pattern), config.moe_every) // max(1, len(config.pattern))
+        config.vision = config.vision.resolved(config.embed_dim)
+        if config.fusion == "cross":
+            config.pattern *= math.lcm(len(config.pattern), config.vision.every) // max(1, len(config.pattern))
         if config.kind == "encoder_decoder":
             config.decoder_layers = config.decoder_layers or config.layers
         config._check()
@@ -223,6 +234,7 @@ class ModelConfig:
             if not 0.0 <= getattr(self, field) < 1.0:
                 raise UserError(f"model.{field}={getattr(self, field)}: must be at least 0 and below 1")
         self._check_kind()
+        self._check_fusion()
         for field in ("norm_eps", "rope_theta", "rope_slow", "init_std", "output_scale"):
             if getattr(self, field) <= 0:
                 raise UserError(f"model.{field}={getattr(self, field)}: must be positive")
@@ -264,6 +276,50 @@ class ModelConfig:
         """Whether layer number `layer` of a group is a mixture of experts."""
         return self.experts > 0 and (layer + 1) % self.moe_every == 0
 
+    def looks(self, layer: int) -> bool:
+        """Whether layer number `layer` of a group has cross-attention to images before it."""
+        return self.fusion == "cross" and layer % self.vision.every == self.vision.offset
+
+    def _check_fusion(self) -> None:
+        """Raises UserError where images, their encoder and the text do not go together."""
+        sees = self.vision.encoder != "none"
+        if sees != (self.fusion != "none" or self.kind == "vision"):
+            raise UserError(
+                f"model.vision.encoder={self.vision.encoder!r}: with model.fusion={self.fusion!r} and "
+                f"model.kind={self.kind!r} " + ("images reach nothing; set model.fusion" if sees else "it must be set")
+            )
+        if self.fusion != "none" and self.kind != "decoder" and (self.fusion, self.kind) != ("contrastive", "encoder"):
+            raise UserError(f"model.fusion={self.fusion!r}: not with model.kind={self.kind!r}")
+        pooled = self.vision.pool != "none"
+        if sees and pooled != (self.kind == "vision" or self.fusion == "contrastive"):
+            raise UserError(
+                f"model.vision.pool={self.vision.pool!r}: "
+                + (
+                    "only with model.fusion='contrastive' or model.kind='vision'"
+                    if pooled
+                    else "one of class, mean, map"
+                )
+            )
+        if self.fusion == "merge" and self.vision.mask != "causal" and (self.remembers or "sparse" in self.pattern):
+            raise UserError(f"model.vision.mask={self.vision.mask!r}: not with memory or 'sparse' layers")
+        if self.fusion in ("cross", "co", "tangled") and self.remembers:
+            raise UserError(f"model.fusion={self.fusion!r}: not with a model that remembers")
+        if self.fusion in ("co", "tangled"):
+            if len(self.pattern) * self.vision.connections > self.layers or self.share_layers != "none":
+                raise UserError(
+                    f"model.vision.connections={self.vision.connections}: needs as many repetitions of "
+                    f"model.pattern, with weights of their own (model.share_layers='none')"
+                )
+            if self.pipeline_repeats > 1:
+                raise UserError(
+                    f"model.pipeline_repeats={self.pipeline_repeats}: not with model.fusion={self.fusion!r}"
+                )
+        if self.rope_sections and (len(self.rope_sections) != 3 or 2 * sum(self.rope_sections) != self.head_dim):
+            raise UserError(
+                f"model.rope_sections={self.rope_sections}: needs three numbers whose sum is half of "
+                f"model.head_dim={self.head_dim}"
+            )
+
     def _check_kind(self) -> None:
         """Raises UserError for a field that the kind of model does not have, or not like this."""
         for field in ("decoder_layers", "labels", "token_types"):
@@ -276,9 +332,13 @@ class ModelConfig:
         }
         for kind, fields in only.items():
             for field in fields:
-                if self.kind != kind and getattr(self, field) != getattr(plain, field):
+                of_vision = self.kind == "vision" and field == "labels"
+                if self.kind != kind and not of_vision and getattr(self, field) != getattr(plain, field):
                     raise UserError(f"model.{field}={getattr(self, field)!r}: only with model.kind={kind!r}")
-        if (self.head == "language") != (self.labels == 0):
+        if self.kind == "vision":
+            if self.labels < 1:
+                raise UserError(f"model.labels={self.labels}: model.kind='vision' needs at least 1")
+        elif (self.head == "language") != (self.labels == 0):
             raise UserError(
                 f"model.labels={self.labels}: model.head={self.head!r} needs "
                 f"{'none' if self.head == 'language' else 'at least 1'}"
@@ -382,6 +442,8 @@ class ModelConfig:
             "model.positions=alibi": self.positions == "alibi",
             "model.attention_sinks=True": self.attention_sinks,
             f"model.memory={self.memory}": self.memory,
+            f"model.vision.mask={self.vision.mask!r}": self.fusion == "merge" and self.vision.mask != "causal",
+            f"model.fusion={self.fusion!r}": self.fusion in ("co", "tangled", "contrastive"),
         }
         return next((name for name, given in found.items() if given), "")
 
@@ -409,6 +471,8 @@ class ModelConfig:
             return "chunked", "there are no flash kernels for CPUs"
         if self.positions == "alibi":
             return "chunked", "the flash kernels take no ALiBi bias that is not a matrix of all pairs"
+        if self.fusion == "merge" and self.vision.mask != "causal":
+            return "chunked", "the flash kernels hide what comes later, and model.vision.mask shows some of it"
         if self.memory:
             return "chunked", "the flash kernels want as many queries as keys, and model.memory adds keys"
         if platform == "tpu":

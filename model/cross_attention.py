@@ -1,6 +1,7 @@
-"""Cross-attention: queries from the decoder, keys and values from what the encoder made of the source.
+"""Cross-attention: queries from the decoder, keys and values from what an encoder made of the source.
 
-arXiv:1706.03762, section 3.2.3. Keys and values depend on the source alone, so generation computes them once.
+arXiv:1706.03762, section 3.2.3. Keys and values depend on the source alone, so generation computes them once. The
+source is a text, all of which is seen, or images, of which a token may see those before it, or the last one only.
 
 Legend: B batch, T tokens, S source tokens, D embed_dim, G kv_heads, K head_dim.
 """
@@ -10,51 +11,86 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import jax
+import jax.numpy as jnp
 from flax import nnx
 
-from model.attention import Place, attend
+from model.attention import Place, attend, visible
 from model.config import ModelConfig
 from model.linear import Linear, together
+from model.norms import Norm
 from tpu.rules import constrain
 
 
 class Source(NamedTuple):
-    """An encoded source, `hidden` [B, S, D] at `place`; without `hidden`, keys and values are in the cache."""
+    """An encoded source, `hidden` [B, S, D'] at `place`; without `hidden`, keys and values are in the cache.
+
+    `queries` is where the tokens stand for it: those of a segment see what is not after them there. None: they see all
+    of their segment.
+    """
 
     hidden: jax.Array | None
     place: Place
+    queries: Place | None = None
 
 
 class CrossAttention(nnx.Module):
-    """Attention of every token to all source tokens of the same segment."""
+    """Attention of every token to the tokens of a source.
 
-    def __init__(self, config: ModelConfig, rngs: nnx.Rngs):
-        embed, head_dim = (config.embed_dim, "embed"), (config.head_dim, "head_dim")
+    Args:
+      config: heads, biases and dtypes.
+      embed_dim, source_dim: widths of the tokens and of the source, where they are not config.embed_dim.
+      window: with `Source.queries`, how far back a token sees there, 1 being its own position; 0: no limit.
+      qk_norm: how queries and keys are normalised over head_dim; "": not.
+    """
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        rngs: nnx.Rngs,
+        embed_dim: int = 0,
+        source_dim: int = 0,
+        window: int = 0,
+        qk_norm: str = "",
+    ):
+        embed, head_dim = ((embed_dim or config.embed_dim, "embed"),), (config.head_dim, "head_dim")
+        source = ((source_dim or config.embed_dim, "embed"),)
         heads, kv_heads = (config.heads, "heads"), (config.kv_heads, "kv_heads")
         self.scale = (config.query_scalar or config.head_dim) ** -0.5
         start = config.head_dim**-0.5 / self.scale
-        self.query = Linear(config, (embed,), (heads, head_dim), config.attention_bias, rngs, start=start)
-        self.key = Linear(config, (embed,), (kv_heads, head_dim), config.attention_bias, rngs)
-        self.value = Linear(config, (embed,), (kv_heads, head_dim), config.attention_bias, rngs)
-        self.out = Linear(config, (heads, head_dim), (embed,), config.attention_bias, rngs, residual=True)
-        self.dropout_rate = config.attention_dropout
+        self.query = Linear(config, embed, (heads, head_dim), config.attention_bias, rngs, start=start)
+        self.key = Linear(config, source, (kv_heads, head_dim), config.attention_bias, rngs)
+        self.value = Linear(config, source, (kv_heads, head_dim), config.attention_bias, rngs)
+        self.out = Linear(config, (heads, head_dim), embed, config.attention_bias, rngs, residual=True)
+        norms = [Norm(config, config.head_dim, "norm", rngs, qk_norm) if qk_norm else None for _ in range(2)]
+        self.query_norm, self.key_norm = norms
+        self.window, self.dropout_rate = window, config.attention_dropout
 
     def __call__(
         self, x: jax.Array, place: Place, source: Source, held: tuple[jax.Array, ...] | None, key: jax.Array | None
     ) -> tuple[jax.Array, tuple[jax.Array, ...]]:
         """x [B, T, D] at `place` -> ([B, T, D], the source's (keys, values), [B, G, S, K] each).
 
+        A token that may see nothing gets exactly zero where `source.queries` is given.
+
         Args:
           held: (keys, values) of an earlier call; read where `source` has no hidden states.
           key: [B] keys for dropout, or None.
         """
-        q = self._by_head(together(x, self.query)[0] * self.scale)
+        q = together(x, self.query)[0]
+        q = self._by_head((q if self.query_norm is None else self.query_norm(q)) * self.scale)
         if source.hidden is not None:
-            held = tuple(self._by_head(a) for a in together(source.hidden, self.key, self.value))
+            k, v = together(source.hidden, self.key, self.value)
+            held = tuple(self._by_head(a) for a in (k if self.key_norm is None else self.key_norm(k), v))
         k, v = held
-        options = {"dropout_rate": self.dropout_rate, "key": key, "causal": False}
-        out = attend(q, k, v, place, source.place, kind="plain", **options)
-        return self.out(out.swapaxes(1, 2)), held
+        causal = source.queries is not None
+        options = {"dropout_rate": self.dropout_rate, "key": key, "causal": causal, "window": self.window}
+        queries = source.queries if causal else place
+        out = attend(q, k, v, queries, source.place, kind="plain", **options)
+        out = self.out(out.swapaxes(1, 2))
+        if causal:
+            sees = visible(queries, source.place, self.window).any(-1)
+            out = jnp.where(sees[..., None], out, 0)
+        return out, held
 
     @staticmethod
     def _by_head(a: jax.Array) -> jax.Array:

@@ -170,6 +170,7 @@ def _as_config_file(experiment: Any, source: pathlib.Path) -> str:
     branches = sorted(type(branch).__name__ for branch in vars(experiment).values() if dataclasses.is_dataclass(branch))
     return (
         f'"""What was imported from {source.resolve().name}: give it to train.pretrain as --config."""\n\n'
+        "from model.vision_config import VisionConfig\n"
         f"from train.config import Experiment, {', '.join(branches)}\n\n\n"
         "def get_config() -> Experiment:\n"
         '    """The experiment of the imported model; override data, optimizer and run by flags."""\n'
@@ -223,7 +224,7 @@ def export_model(
         for path, leaf in jax.tree_util.tree_leaves_with_path(weights)
     }
     numpy_dtype = np.dtype(jax.numpy.dtype(model.weight_dtype if dtype == "auto" else dtype))
-    specs = export_specs(family, {n: leaf.shape for n, leaf in leaves.items()}, len(model.pattern), numpy_dtype)
+    specs = export_specs(family, {n: leaf.shape for n, leaf in leaves.items()}, model, numpy_dtype)
 
     def pieces(name: str) -> Iterable[np.ndarray]:
         return [export_tensor(*specs[name], lambda path, index: np.asarray(leaves[path][index]))]

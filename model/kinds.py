@@ -1,4 +1,4 @@
-"""Which class computes a `model.kind`."""
+"""Which class computes a `model.kind` and a `model.fusion`."""
 
 from __future__ import annotations
 
@@ -10,17 +10,29 @@ from flax import nnx
 from model import transformer
 from model.bert import Bert
 from model.config import ModelConfig
+from model.contrastive import Contrastive
 from model.encoder_decoder import EncoderDecoder
 from model.transformer import Transformer, Weights
+from model.vision import ImageClassifier
 
-MAKE: dict[str, type[nnx.Module]] = {"decoder": Transformer, "encoder": Bert, "encoder_decoder": EncoderDecoder}
+MAKE: dict[str, type[nnx.Module]] = {
+    "decoder": Transformer,
+    "encoder": Bert,
+    "encoder_decoder": EncoderDecoder,
+    "vision": ImageClassifier,
+}
+
+
+def maker(config: ModelConfig) -> type[nnx.Module]:
+    """The class of a model of this shape."""
+    return Contrastive if config.fusion == "contrastive" else MAKE[config.kind]
 
 
 def build(config: ModelConfig) -> tuple[nnx.GraphDef, Weights, Any]:
     """As `model.transformer.build`, for every kind."""
-    return transformer.build(config, MAKE[config.kind])
+    return transformer.build(config, maker(config))
 
 
 def init(config: ModelConfig, key: jax.Array) -> Weights:
     """As `model.transformer.init`, for every kind."""
-    return transformer.init(config, key, MAKE[config.kind])
+    return transformer.init(config, key, maker(config))

@@ -86,7 +86,7 @@ def recall(memory: Memory, place: Place, unroll: bool) -> tuple[Place, Any]:
     goes_on = (old.segments[:, -1] == 1) & (old.positions[:, -1] + 1 == place.positions[:, 0])  # [B]
     seen = goes_on[:, None] & (old.segments == 1)
     segments = jnp.where(seen, place.segments[:, :1], -1)
-    slots = Place(*(jnp.concatenate(both, 1) for both in zip((segments, old.positions), place, strict=True)))
+    slots = Place(*(jnp.concatenate(both, 1) for both in zip((segments, old.positions), place[:2], strict=True)))
 
     def enter(a: jax.Array) -> jax.Array:
         return jnp.where(goes_on.reshape(-1, *[1] * (a.ndim - 1)), a, 0).swapaxes(0, 1)  # [groups, B, ...]

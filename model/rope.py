@@ -40,6 +40,7 @@ class Rope(NamedTuple):
     fast: float
     attention_factor: float
     local_theta: float
+    sections: tuple[int, ...]
 
     @classmethod
     def of(cls, config: ModelConfig) -> Rope:
@@ -51,14 +52,18 @@ def rotations(rope: Rope, place: Place, slots: Place | None = None) -> dict[str,
     """How far to turn the queries and keys at `place`: of "global" layers, and of "local" ones where they differ.
 
     Under dynamic scaling all keys turn with every change of length: those of a cache, at `slots`, are kept unturned
-    there, and get a "keys" of their own.
+    there, and get a "keys" of their own. Positions [B, T, 3] turn the pairs of `rope.sections` with one of the three
+    each (M-RoPE, arXiv:2409.12191, section 2.1).
     """
     length = None
     if rope.scaling == "dynamic":
         seen = place if slots is None else slots
         length = jnp.max(jnp.where(seen.segments > 0, seen.positions, 0), axis=1, keepdims=True) + 1  # [B, 1]
     scaled, magnitude = frequencies(rope, length)
-    turns = {"global": rotation(place.positions, scaled, magnitude)}
+    positions = place.positions
+    if positions.ndim == 3:
+        positions = positions[..., np.repeat(np.arange(3), rope.sections)]  # [B, T, K / 2]
+    turns = {"global": rotation(positions, scaled, magnitude)}
     if rope.scaling == "dynamic" and slots is not None:
         turns["keys"] = rotation(slots.positions, scaled, magnitude)
     if rope.local_theta:
@@ -110,8 +115,10 @@ def _magnitude(factor: float) -> float:
 
 
 def rotation(positions: jax.Array, frequencies: np.ndarray | jax.Array, magnitude: float = 1.0) -> Turn:
-    """`magnitude` times cosine and sine of position * frequency, for positions [B, T]: two [B, T, 1, K / 2] arrays."""
-    angles = positions[..., None].astype(jnp.float32) * jnp.asarray(frequencies, jnp.float32)  # [B, T, K / 2]
+    """`magnitude` times cosine and sine of position * frequency, for positions [B, T], or [B, T, K / 2], one for each
+    pair: two [B, T, 1, K / 2] arrays."""
+    positions = positions[..., None] if positions.ndim == 2 else positions
+    angles = positions.astype(jnp.float32) * jnp.asarray(frequencies, jnp.float32)  # [B, T, K / 2]
     cos, sin = jnp.cos(angles)[:, :, None], jnp.sin(angles)[:, :, None]
     return (cos, sin) if magnitude == 1.0 else (cos * magnitude, sin * magnitude)
 

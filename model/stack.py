@@ -21,6 +21,7 @@ from model.block import Block, residual
 from model.config import ModelConfig
 from model.cross_attention import Source
 from model.dropout import fold_in
+from model.gated_cross_attention import GatedCrossAttention
 from model.linear import parameter, zeros
 from model.lora import applied, draw_a, factors
 from model.moe import Routing
@@ -51,12 +52,14 @@ def remat_policy(remat: str) -> Any:
 
 
 class Group(nnx.Module):
-    """One repetition of the pattern: attributes `layer_0`, `layer_1`, ..."""
+    """One repetition of the pattern: attributes `layer_0`, `layer_1`, ...; `gate_i` before `layer_i` where it looks."""
 
     def __init__(self, config: ModelConfig, rngs: nnx.Rngs):
+        self.size, self.looks = len(config.pattern), tuple(config.looks(i) for i in range(len(config.pattern)))
         for i, kind in enumerate(config.pattern):
+            if self.looks[i]:
+                setattr(self, f"gate_{i}", GatedCrossAttention(config, rngs))
             setattr(self, f"layer_{i}", Block(config, kind, rngs, config.mixes(i)))
-        self.size = len(config.pattern)
 
     def __call__(
         self,
@@ -69,12 +72,19 @@ class Group(nnx.Module):
         bias: jax.Array | None = None,
         source: Source | None = None,
     ) -> tuple[jax.Array, Any, dict[str, Routing]]:
-        """As `Block`, with `cached` a dictionary of layer names, and a `Routing` for the name of each mixture."""
+        """As `Block`, with `cached` a dictionary of layer names, and a `Routing` for the name of each mixture.
+
+        A gate's entry of the cache are the keys and values of the images, from the first call on.
+        """
         new, routings = {}, {}
         for i in range(self.size):
             name = f"layer_{i}"
             layer_cache = None if cached is None else cached[name]
             layer = getattr(self, name)
+            if self.looks[i]:
+                held = None if cached is None else cached.get(f"gate_{i}")
+                h, held = getattr(self, f"gate_{i}")(h, place, source, held, fold_in(key, self.size + i))
+                new |= {} if held is None else {f"gate_{i}": held}
             h, new[name], routing = layer(h, place, slots, rotation, layer_cache, fold_in(key, i), bias, source)
             routings |= {} if routing is None else {name: routing}
         return h, None if cached is None else new, routings
@@ -114,8 +124,13 @@ class Stack(nnx.Module):
         key: jax.Array | None,
         bias: jax.Array | None = None,
         source: Source | None = None,
+        part: tuple[int, int] | None = None,
     ) -> tuple[jax.Array, Any, dict[str, Routing]]:
-        """As `Group`, with `cached` the `layers` of a `model.cache.Cache` and every `Routing` stacked [groups, ...]."""
+        """As `Group`, with `cached` the `layers` of a `model.cache.Cache` and every `Routing` stacked [groups, ...].
+
+        part: which groups to run, from the first to before the second, and whose `cached` are given; None: all.
+        """
+        first, last = part or (0, self.count)
         graphdef, state = nnx.split(self.groups)
         weights, side = nnx.to_pure_dict(state), (place, rotation, key, bias, source)
         deltas = {} if self.deltas is None else nnx.to_pure_dict(nnx.state(self.deltas))
@@ -125,10 +140,12 @@ class Stack(nnx.Module):
             model = nnx.merge(graphdef, nnx.State(weights))
             return model(h, place, slots, rotation, cached, fold_in(key, index), bias, source)
 
-        if cached is None and rules.devices_along("layers") > 1:
+        if cached is None and part is None and rules.devices_along("layers") > 1:
             h, routings = self._pipelined(group, weights, h, side)
             return h, None, jax.tree.map(lambda a: a.reshape(-1, *a.shape[2:]), routings)
         weights = joined(weights, self.repeats)
+        if not self.unroll and (first, last) != (0, self.count):
+            weights = jax.tree.map(lambda w: w[first:last], weights)
         group = self._rematerialized(group)
 
         def body(h: jax.Array, weights: Any, deltas: Any, cached: Any, index: Any) -> tuple[jax.Array, Any]:
@@ -136,13 +153,13 @@ class Stack(nnx.Module):
             return h, (new, routings)
 
         if not self.unroll:
-            h, (new, routings) = self._scanned(body, h, weights, (deltas, cached, jax.numpy.arange(self.count)))
+            h, (new, routings) = self._scanned(body, h, weights, (deltas, cached, jax.numpy.arange(first, last)))
             return h, new, routings
         results = []
         sets, deltas = unstacked(weights, self.sets), unstacked(deltas, self.count)
-        for index in range(self.count):
+        for index in range(first, last):
             number = index % self.sets if self.sharing == "alternate" else index * self.sets // self.count
-            h, result = body(h, sets[number], deltas[index], None if cached is None else cached[index], index)
+            h, result = body(h, sets[number], deltas[index], None if cached is None else cached[index - first], index)
             results.append(result)
         new, routings = zip(*results, strict=True)
         routings = jax.tree.map(lambda *parts: jax.numpy.stack(parts), *routings)

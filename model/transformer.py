@@ -1,4 +1,7 @@
-"""The decoder-only transformer (GPT-1 to GPT-3, Llama and relatives): tokens in, hidden states and logits out.
+"""The decoder-only transformer (GPT-1 to GPT-4, Llama and relatives): tokens in, hidden states and logits out.
+
+Images reach the text as `model.fusion` says: their vectors stand where tokens would ("merge"), layers of the text look
+at them ("cross", `model.gated_cross_attention`), or they have streams of their own ("co", "tangled", `model.streams`).
 
 Modules describe; they are used functionally. `build` gives the graph and the abstract weights, `init` the weights, and
 `bind` joins graph and weights into a model to call, inside or outside of `jax.jit`. Weights are a plain nested
@@ -20,6 +23,7 @@ from model.attention import Place
 from model.block import residual
 from model.cache import Cache, write_slots
 from model.config import ModelConfig
+from model.cross_attention import Source
 from model.dropout import dropout, fold_in
 from model.linear import Linear, initializer, matmul, parameter
 from model.memory import Memory, recall, remember
@@ -28,6 +32,8 @@ from model.norms import Norm
 from model.positions import sinusoidal
 from model.rope import Rope, rotations
 from model.stack import Stack
+from model.streams import Streams
+from model.vision import Images, Vision
 from tpu import rules
 
 Weights = dict[str, Any]
@@ -115,6 +121,9 @@ class Transformer(nnx.Module):
         self.stack = Stack(config, rngs)
         self.final_norm = Norm(config, config.embed_dim, "norm", rngs) if config.norm_order != "post" else None
         self.head = Head(config, self.embedding, rngs)
+        self.fusion, self.mask = config.fusion, config.vision.mask
+        self.vision = Vision(config, rngs) if config.fusion != "none" else None
+        self.streams = Streams(config, rngs) if config.fusion in ("co", "tangled") else None
 
     def __call__(
         self,
@@ -124,6 +133,8 @@ class Transformer(nnx.Module):
         key: jax.Array | None = None,
         keys: Place | None = None,
         positions: jax.Array | None = None,
+        images: Images | None = None,
+        source: Source | None = None,
     ) -> tuple[jax.Array, Cache | Memory | None]:
         """tokens [B, T] int32 at `place` -> (final hidden states [B, T, D], the cache with these tokens in it).
 
@@ -133,8 +144,11 @@ class Transformer(nnx.Module):
           keys: without a cache, where the tokens stand for those that look at them, if not at `place`: in another
             segment, padding is seen by nobody and yet may look.
           positions: [B, T] int32, what is embedded or turned by, if not the order of tokens in `place`; no memory then.
+            With model.rope_sections [B, T, 3]: time, row and column.
+          images: what the rows show; or else `source`, the images' places and where the tokens stand among them, where
+            an earlier call with this cache has seen them. Neither: no images.
         """
-        return self.routed(tokens, place, cache, key, keys, positions)[:2]
+        return self.routed(tokens, place, cache, key, keys, positions, images, source)[:2]
 
     def routed(
         self,
@@ -144,6 +158,8 @@ class Transformer(nnx.Module):
         key: jax.Array | None = None,
         keys: Place | None = None,
         positions: jax.Array | None = None,
+        images: Images | None = None,
+        source: Source | None = None,
     ) -> tuple[jax.Array, Cache | Memory | None, dict[str, Routing]]:
         """As a call, and what the routers of mixtures of experts did, stacked [groups, ...] by layer of a group."""
         positions = place.positions if positions is None else positions
@@ -151,6 +167,10 @@ class Transformer(nnx.Module):
         with jax.named_scope("embedding"):
             h = self.embedding(tokens)
             h = h if self.embedding_scale == 1.0 else h * self.embedding_scale
+            if images is not None:
+                place, source = place._replace(blocks=images.blocks(self.mask)), self.vision(images)
+                source = source._replace(queries=images.queries(place))
+                h = merged(h, source.hidden, images.slots) if self.fusion == "merge" else h
             if self.position_embedding is not None:
                 h = h + self.position_embedding(positions)
             elif self.positions == "sinusoidal":
@@ -164,19 +184,32 @@ class Transformer(nnx.Module):
             written = slots = write_slots(cache.slots, place)
             layers = cache.layers
         turn = None if self.rope is None else rotations(self.rope, turned, written)
-        h, layers, routings = self.stack(h, place, slots, turn, layers, stack_key)
+        if self.streams is not None:
+            given, count = (None, 0) if images is None else (images.given, images.segments.shape[1])
+            h, layers, routings = self.streams(
+                self.stack, h, place, slots, turn, layers, stack_key, source, given, count
+            )
+        else:
+            of_stack = source if self.fusion == "cross" else None
+            h, layers, routings = self.stack(h, place, slots, turn, layers, stack_key, source=of_stack)
         if self.final_norm is not None:
             h = self.final_norm(h)
         if isinstance(cache, Memory):
             return h, remember(slots, layers, tokens.shape[1]), routings
-        return h, None if cache is None else Cache(slots, layers), routings
+        return h, None if cache is None else Cache(slots._replace(blocks=None), layers), routings
+
+
+def merged(h: jax.Array, vectors: jax.Array, slots: jax.Array) -> jax.Array:
+    """h [B, T, D] with the image vector [B, S, D] number slots [B, T] wherever that is not -1."""
+    chosen = jnp.take_along_axis(vectors, jnp.maximum(slots, 0)[..., None], axis=1)
+    return jnp.where((slots >= 0)[..., None], chosen.astype(h.dtype), h)
 
 
 def build(config: ModelConfig, make: type[nnx.Module] = Transformer) -> tuple[nnx.GraphDef, Weights, Any]:
     """The graph, the abstract weights (jax.ShapeDtypeStruct) and, alike in structure, each weight's logical axes.
 
     Allocates nothing and touches no device. `config` must be `resolved` and `placed`; `make` is the class of its kind
-    (`model.kinds.MAKE`).
+    (`model.kinds.maker`).
     """
     graphdef, state = nnx.split(nnx.eval_shape(lambda: make(config, nnx.Rngs(0))))
     axes = jax.tree.map(lambda p: p.get_metadata("axes"), state, is_leaf=lambda n: isinstance(n, nnx.Variable))

@@ -23,7 +23,16 @@ MAY_IMPORT = {
     "train": {"train", "model", "tpu"},
     "serve": {"serve", "train", "model", "tpu"},
 }
-CONFIGS_MAY_IMPORT = {"model.config", "train.config", "tpu.errors", "__future__", "dataclasses", "itertools", "math"}
+CONFIGS_MAY_IMPORT = {
+    "model.config",
+    "model.vision_config",
+    "train.config",
+    "tpu.errors",
+    "__future__",
+    "dataclasses",
+    "itertools",
+    "math",
+}
 # The half of tpu/ that works on whole experiments: these, and the files there that only they use. And the command that
 # makes checkpoints of other people's models: what it says of the models themselves is in model/families.
 ROOF_ENTRIES = {"tpu.compile", "tpu.plan", "tpu.launch", "model.hub"}

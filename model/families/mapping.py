@@ -22,7 +22,14 @@ from model.safetensors import DTYPES, Spec, Tensor
 from tpu.errors import UserError
 
 MATRICES = ("kernel", "router")  # ends of paths of ours that a peer may hold transposed
-PARAMETERS = {"kernel": "weight", "bias": "bias", "scale": "weight", "embedding": "weight"}  # our name: theirs
+PARAMETERS = {  # our name: theirs
+    "kernel": "weight",
+    "bias": "bias",
+    "scale": "weight",
+    "embedding": "weight",
+    "mean": "running_mean",
+    "variance": "running_var",
+}
 FLOATS = ("F32", "F16", "BF16")
 
 
@@ -31,7 +38,9 @@ class Peer(NamedTuple):
 
     `name` may hold {layer} and {expert}. Of a kernel, `inputs` is how many of our dimensions are contracted, and
     `transposed` whether theirs is [outputs, inputs], as torch.nn.Linear has it. A weight that is `part` of `parts` lies
-    with the others along the outputs.
+    with the others along the outputs. A `convolution` is [outputs, channels, rows, columns] there, and [rows, columns,
+    channels, outputs] here. With a `rank` theirs has our shape but for ones in front, as many as make that many
+    dimensions.
     """
 
     name: str
@@ -39,6 +48,8 @@ class Peer(NamedTuple):
     part: int = 0
     parts: int = 1
     transposed: bool = True
+    convolution: bool = False
+    rank: int = 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,7 +59,8 @@ class Family:
     Args:
       architectures: names in config.json, that which is written first; model_type: the other name there.
       paper: where the family is described.
-      table: our module (or weight) -> their module (or weight). In our paths "layer" stands for any "layer_i".
+      table: our module (or weight) -> their module (or weight). In our paths "layer" stands for any "layer_i", "gate"
+        for any "gate_i"; {layer} counts those of a stack, the gates apart.
       read: config.json -> ModelConfig, resolved. Raises UserError for what cannot be expressed here.
       write: ModelConfig -> config.json. What it cannot say is found by reading it again (`model.families.known`).
       run: what `python -m model.hub run` does with arrays, as `model.families.causal.run`.
@@ -82,18 +94,21 @@ class Element(NamedTuple):
     shape: tuple[int, ...]  # of what lies there
 
 
-def elements(family: Family, path: str, shape: tuple[int, ...], pattern: int) -> list[Element]:
+def elements(family: Family, path: str, shape: tuple[int, ...], config: ModelConfig) -> list[Element]:
     """The elements of our weight `path`, such as "stack.groups.layer_0.mlp.up.kernel", in order of place.
 
     Args:
-      shape: with L first where the path goes through groups. pattern: layers in a group.
+      shape: with L first where the path goes through groups. config: says what is in a group.
     """
-    layer = re.search(r"\.layer_(\d+)\.", path)
-    peer = _peer(family, re.sub(r"\.layer_\d+\.", ".layer.", path))
+    layer = re.search(r"\.groups\.(layer|gate)_(\d+)\.", path)
+    peer = _peer(family, re.sub(r"\.groups\.(layer|gate)_\d+\.", r".groups.\1.", path))
     lead = (1 if layer else 0) + ("{expert}" in peer.name)
+    group = [0]  # what of this kind is in a group, by number
+    if layer and not path.startswith("vision."):
+        group = [i for i in range(len(config.pattern)) if layer[1] == "layer" or config.looks(i)]
     found = []
     for index in itertools.product(*(range(size) for size in shape[:lead])):
-        values = {"layer": index[0] * pattern + int(layer[1])} if layer else {}
+        values = {"layer": index[0] * len(group) + group.index(int(layer[2]))} if layer else {}
         values |= {"expert": index[-1]} if "{expert}" in peer.name else {}
         found.append(Element(peer._replace(name=peer.name.format(**values)), path, index, shape[lead:]))
     return found
@@ -114,6 +129,10 @@ def _peer(family: Family, path: str) -> Peer:
 def peer_shape(element: Element) -> tuple[int, ...]:
     """The shape of the whole tensor of theirs that an element is, or is part of."""
     shape, peer = element.shape, element.peer
+    if peer.rank:
+        return (1,) * (peer.rank - len(shape)) + shape[max(0, len(shape) - peer.rank) :]
+    if peer.convolution:
+        return (shape[-1], shape[-2], *shape[:-2])
     if element.path.endswith(MATRICES):
         size = lambda dims: int(np.prod(dims, dtype=np.int64))  # noqa: E731
         inputs, outputs = size(shape[: peer.inputs]), size(shape[peer.inputs :]) * peer.parts
@@ -126,7 +145,9 @@ def peer_shape(element: Element) -> tuple[int, ...]:
 def view(element: Element, theirs: np.ndarray) -> np.ndarray:
     """Their tensor (see `peer_shape`), seen as an element of ours; a view that shares its memory."""
     shape, peer = element.shape, element.peer
-    kernel = element.path.endswith(MATRICES)
+    if peer.convolution:
+        return theirs.transpose(*range(2, theirs.ndim), 1, 0)
+    kernel = element.path.endswith(MATRICES) and not peer.rank
     axis = 0 if kernel and peer.transposed else theirs.ndim - 1
     if peer.parts > 1:
         width = theirs.shape[axis] // peer.parts
@@ -143,7 +164,7 @@ class PeerWeights:
 
     Args:
       tensors: of `model.safetensors.open_directory`.
-      shapes: of our weights by path, L first where they are stacked. pattern: layers in a group.
+      shapes: of our weights by path, L first where they are stacked.
 
     Raises UserError listing tensors that are missing, left over, of another shape or of no floating-point type.
     """
@@ -151,9 +172,8 @@ class PeerWeights:
     def __init__(
         self, family: Family, tensors: dict[str, Tensor], shapes: dict[str, tuple[int, ...]], config: ModelConfig
     ):
-        pattern = len(config.pattern)
         self._elements = {
-            path: {element.index: element for element in elements(family, path, shape, pattern)}
+            path: {element.index: element for element in elements(family, path, shape, config)}
             for path, shape in shapes.items()
         }
         bare = family.prefix and not any(name.startswith(family.prefix) for name in tensors)
@@ -219,12 +239,12 @@ def _refuse(what: str, names: Iterable[str]) -> None:
 
 
 def export_specs(
-    family: Family, shapes: dict[str, tuple[int, ...]], pattern: int, dtype: np.dtype
+    family: Family, shapes: dict[str, tuple[int, ...]], config: ModelConfig, dtype: np.dtype
 ) -> dict[str, tuple[Spec, list[Element]]]:
     """Their tensors in the order of names of a model with our weights of these `shapes`, and what each is made of."""
     made_of: dict[str, list[Element]] = {}
     for path, shape in shapes.items():
-        for element in elements(family, path, shape, pattern):
+        for element in elements(family, path, shape, config):
             made_of.setdefault(element.peer.name, []).append(element)
     return {name: (Spec(dtype, peer_shape(of[0])), of) for name, of in sorted(made_of.items())}
 

@@ -56,7 +56,7 @@ def write_peer(path: Path, model: ModelConfig = LLAMA, shard_bytes: int = 10**9)
         for p, leaf in jax.tree_util.tree_leaves_with_path(weights)
     }
     family = that_can_express(model)
-    specs = export_specs(family, shapes(placed), len(model.pattern), np.dtype(np.float32))
+    specs = export_specs(family, shapes(placed), placed, np.dtype(np.float32))
     path.mkdir()
     pieces = lambda name: [export_tensor(*specs[name], lambda p, index: leaves[p][index])]  # noqa: E731
     write_directory(path, {name: spec for name, (spec, _) in specs.items()}, pieces, shard_bytes)
@@ -197,7 +197,7 @@ def test_seven_billion_weights_stream(tmp_path):
     sizes = {"vocab_size": 32_000, "layers": 32, "embed_dim": 4096, "heads": 32, "kv_heads": 32, "mlp_dim": 11_008}
     model = dataclasses.replace(LLAMA, **sizes, head_dim=128)
     family = that_can_express(model)
-    specs = export_specs(family, shapes(model.placed("cpu", "float32")), 1, DTYPES["BF16"])
+    specs = export_specs(family, shapes(model.placed("cpu", "float32")), model, DTYPES["BF16"])
     specs = {name: spec for name, (spec, _) in specs.items()}
     path = tmp_path / "peer"
     path.mkdir()

@@ -65,7 +65,7 @@ def in_turn(
     config, graphdef, weights = model
     memory, outs, memories = empty_memory(config, len(tokens)), [], []
     for start in range(0, tokens.shape[1], size):
-        segments, positions = (a[:, start : start + size] for a in place)
+        segments, positions = (a[:, start : start + size] for a in place[:2])
         # As batches number them: from 1 in every row.
         first = segments[:, :1]
         segments = np.where(segments > 0, segments - first + 1, 0)
@@ -94,7 +94,7 @@ def test_a_short_memory_reaches_no_further():
     found, _ = in_turn(model, tokens, place, 12)
     for start in range(12, 48, 12):
         cut = slice(start - 8, start + 12)
-        alone, _ = forward(graphdef, weights, tokens[:, cut], Place(*(a[:, cut] for a in place)))
+        alone, _ = forward(graphdef, weights, tokens[:, cut], Place(*(a[:, cut] for a in place[:2])))
         np.testing.assert_allclose(found[:, start : start + 12], alone[:, 8:], atol=1e-5)
     whole, _ = forward(graphdef, weights, tokens, place)
     assert np.abs(found[:, 24:] - whole[:, 24:]).max() > 1e-2
@@ -127,7 +127,7 @@ def test_what_is_kept_is_of_the_last_document_alone():
 def test_no_gradient_flows_into_the_row_before():
     config, graphdef, weights = model_of(memory=12)
     tokens, place = tokens_and_place([[24]], 24)
-    first, second = (Place(*(a[:, cut] for a in place)) for cut in (slice(0, 12), slice(12, 24)))
+    first, second = (Place(*(a[:, cut] for a in place[:2])) for cut in (slice(0, 12), slice(12, 24)))
 
     def mixed(out: jax.Array) -> jax.Array:
         return jnp.sum(out * jnp.cos(jnp.arange(out.size, dtype=jnp.float32)).reshape(out.shape))

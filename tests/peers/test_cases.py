@@ -49,7 +49,7 @@ def gradient_norms(directory: hub.Opened, model: Any, gradients: Weights) -> dic
         jax.tree_util.keystr(path, simple=True, separator="."): np.asarray(leaf)
         for path, leaf in jax.tree_util.tree_leaves_with_path(gradients)
     }
-    specs = export_specs(directory.family, shapes(model), len(model.pattern), np.dtype(np.float32))
+    specs = export_specs(directory.family, shapes(model), model, np.dtype(np.float32))
     tensors = {n: export_tensor(*row, lambda path, index: leaves[path][index]) for n, row in specs.items()}
     return {name: float(np.linalg.norm(tensor.astype(np.float64))) for name, tensor in tensors.items()}
 

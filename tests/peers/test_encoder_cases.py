@@ -73,7 +73,7 @@ class Case:
             jax.tree_util.keystr(path, simple=True, separator="."): leaf
             for path, leaf in jax.tree_util.tree_leaves_with_path(gradient)
         }
-        specs = export_specs(self.opened.family, shapes(self.model), 1, np.dtype(np.float32))
+        specs = export_specs(self.opened.family, shapes(self.model), self.model, np.dtype(np.float32))
         norms = {
             name: np.linalg.norm(export_tensor(*row, lambda path, index: leaves[path][index]))
             for name, row in specs.items()
