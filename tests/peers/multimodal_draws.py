@@ -186,10 +186,10 @@ def patches(rng: np.random.Generator, grids: list[tuple[int, int, int]]) -> np.n
 def idefics(rng: np.random.Generator, draw: int) -> Drawn:
     """Idefics, as Flamingo: a token sees the last image (draws 0 and 2) or all before it (draw 1), or none."""
     vocab, (hidden, heads) = int(rng.integers(60, 80)), [(16, 2), (16, 4), (16, 1)][draw % 3]
-    vision = tower(rng, draw, 16, [8, 4, 8][draw % 3])
+    vision = tower(rng, draw, *[(16, 8), (16, 4), (8, 4)][draw % 3])
     vision["embed_dim"] = vision.pop("hidden_size")
     resampler = {
-        "resampler_depth": [2, 2, 1][draw % 3],
+        "resampler_depth": [1, 1, 2][draw % 3],
         "resampler_n_heads": 3,
         "resampler_head_dim": 4,
         "resampler_n_latents": 3,
@@ -198,7 +198,7 @@ def idefics(rng: np.random.Generator, draw: int) -> Drawn:
         vocab_size=vocab,
         hidden_size=hidden,
         num_attention_heads=heads,
-        intermediate_size=int(rng.integers(16, 32)),
+        intermediate_size=int(rng.integers(16, 24)),
         num_hidden_layers=[2, 4, 2][draw % 3],
         cross_layer_interval=[1, 2, 1][draw % 3],
         hidden_act=["silu", "gelu", "silu"][draw % 3],
@@ -220,7 +220,7 @@ def idefics(rng: np.random.Generator, draw: int) -> Drawn:
         begun = np.cumsum(arrays["input_ids"] == vocab - 1, 1)[..., None]  # [B, T, 1]
         image = 1 + np.arange(max(counts))
         arrays["image_attention_mask"] = (image <= begun if draw % 3 == 1 else image == begun).astype(np.int64)
-    size = (24, 32) if draw % 3 == 2 else (16, 16)
+    size = (12, 16) if draw % 3 == 2 else (16, 16)
     images = pixels(rng, 3, max(counts), 3, *size)
     images[np.arange(max(counts)) >= np.array(counts)[:, None]] = 0
     seen = {"pixel_values": images} | ({"interpolate_pos_encoding": np.True_} if draw % 3 == 2 else {})
