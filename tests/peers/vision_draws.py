@@ -98,7 +98,7 @@ def resnet(rng: np.random.Generator, draw: int) -> Drawn:
 
 def pairs(rng: np.random.Generator, draw: int, vocab: int, end: int, config: Options) -> Arrays:
     """Three images and three captions of different lengths, padded with the end's id in draw 1, else with 0."""
-    rows = [np.append(words(rng, vocab, n), end) for n in (9, 4, 6)]
+    rows = [np.append(words(rng, vocab, n), end) for n in (10, 4, 6)]
     ids, mask = padded(rows, left=False)
     size = config["image_size"]
     inputs = {
@@ -115,7 +115,7 @@ def captions(rng: np.random.Generator, draw: int) -> Options:
     """The options of a text tower that is not the vision tower's twin."""
     options = tower(rng, draw + 1, 0, 0) | {
         "vocab_size": int(rng.integers(60, 80)),
-        "max_position_embeddings": [10, 12, 16][draw % 3],
+        "max_position_embeddings": [11, 12, 16][draw % 3],
         "layer_norm_eps": [1e-3, 1e-12, 1e-5][draw % 3],
         "hidden_act": ["quick_gelu", "gelu", "gelu_pytorch_tanh"][draw % 3],
     }
