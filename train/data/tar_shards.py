@@ -7,7 +7,8 @@ Members of one key, which is their name up to the first dot after the last slash
     KEY.txt                             what is said of them, or, where there is none:
     KEY.json                            the caption in a field of an object, or a conversation (train.data.llava)
 
-Other members are passed over. Headers are read once, for an index of where members lie; a record's bytes when asked.
+Other members are passed over. Headers are read once, for an index of where members lie (a million in about a minute);
+a record's bytes when asked.
 
 Legend: N records, M members of them all.
 """

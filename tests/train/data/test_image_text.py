@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import shutil
 import sys
 from pathlib import Path
 
@@ -283,3 +284,12 @@ def test_bad_tensorflow_datasets_are_named(tfds_folder):
     numbers = open_source("tfds:tiny_images", DataConfig(tfds_dir=tfds_folder), text_field="id")
     with pytest.raises(UserError, match=r"tiny_images, record 1: text_field='id' holds .*int.*, not text or a label"):
         numbers[0]
+
+
+def test_a_damaged_data_set_is_named(tfds_folder, tmp_path):
+    shutil.copytree(tfds_folder, tmp_path / "tfds")
+    (path,) = (tmp_path / "tfds").rglob("*train.array_record*")
+    path.write_bytes(path.read_bytes()[:-1000])
+    source = open_source("tfds:tiny_images", DataConfig(tfds_dir=str(tmp_path / "tfds")))
+    with pytest.raises(UserError, match=r"^tfds:tiny_images, record 1: cannot be read \([^\n]*$"):
+        source[0]
