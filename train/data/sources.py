@@ -13,7 +13,7 @@ import json
 import os
 import re
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -54,6 +54,11 @@ def source_digest(source: str, data: DataConfig) -> str:
         paths = sorted(str(p) for p in Path(_tfds_builder(source, data).data_path).iterdir())
     else:
         paths = _paths(source)
+    return files_digest(paths)
+
+
+def files_digest(paths: Sequence[str]) -> str:
+    """A hash of the files' paths, sizes and times of change."""
     content = hashlib.blake2b(digest_size=16)
     for path in paths:
         status = os.stat(path)
@@ -111,8 +116,11 @@ def _paths(pattern: str) -> list[str]:
     return paths
 
 
-def _decode(raw: bytes, data: DataConfig, counts: Counter[str], place: Callable[[int], str]) -> str:
-    """`raw` as text; `place` names the position of a byte for the message."""
+def decode(raw: bytes, data: DataConfig, counts: Counter[str], place: Callable[[int], str]) -> str:
+    """`raw` as text; `place` names the position of a byte for the message.
+
+    Invalid UTF-8 is replaced and counted, or raises UserError, as `data.invalid_utf8` says.
+    """
     try:
         return raw.decode()
     except UnicodeDecodeError as error:
@@ -137,7 +145,7 @@ def _text_pieces(path: str, key: str, data: DataConfig, counts: Counter[str]) ->
                 return
             cut = len(rest) if whole or len(rest) < PIECE_BYTES else _cut(rest)
             piece, rest = rest[:cut], rest[cut:]
-            text = _decode(piece, data, counts, lambda at: f"{path}, line {piece.count(newline, 0, at) + line}")
+            text = decode(piece, data, counts, lambda at: f"{path}, line {piece.count(newline, 0, at) + line}")
             yield Document(key if whole else f"{key}#{number}", text)
             line, number = line + piece.count(newline), number + 1
 
@@ -165,7 +173,7 @@ def _by_text(records: Iterator[Record], data: DataConfig, counts: Counter[str]) 
             value = value.encode(errors="surrogatepass")  # JSON can hold half a surrogate pair: invalid UTF-8
         if not isinstance(value, bytes):
             raise UserError(f"{place}: data.text_field={data.text_field!r} holds {type(value).__name__}, not text")
-        text = _decode(value, data, counts, lambda at: place)
+        text = decode(value, data, counts, lambda at: place)
         yield Document(hashlib.blake2b(text.encode(), digest_size=16).hexdigest(), text)
 
 
@@ -177,16 +185,21 @@ def _json_objects(path: str, data: DataConfig, counts: Counter[str]) -> Iterator
     with open(path, "rb") as file:
         for number, raw in enumerate(file, 1):
             place = f"{path}, line {number}"
-            line = _decode(raw, data, counts, lambda at: place)
+            line = decode(raw, data, counts, lambda at: place)
             if not line.strip():
                 continue
-            try:
-                record = json.loads(line)
-            except (ValueError, RecursionError) as error:
-                raise UserError(f"{place}: not JSON ({error})") from error
-            if not isinstance(record, dict):
-                raise UserError(f"{place}: a JSON {type(record).__name__}; each line must be an object")
-            yield place, record
+            yield place, json_object(line, place)
+
+
+def json_object(text: str, place: str) -> dict[str, Any]:
+    """The object that `text` holds as JSON. Raises UserError, beginning with `place`, where it is none."""
+    try:
+        record = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{place}: not JSON ({error})") from error
+    if not isinstance(record, dict):
+        raise UserError(f"{place}: a JSON {type(record).__name__}; each record must be an object")
+    return record
 
 
 def _parquet_records(path: str, data: DataConfig) -> Iterator[Record]:
@@ -235,13 +248,21 @@ def _tfds_builder(source: str, data: DataConfig) -> Any:
     return builder
 
 
-def _tfds_records(source: str, data: DataConfig) -> Iterator[Record]:
+def tfds_source(source: str, data: DataConfig, decoders: dict[str, Any] | None = None) -> Any:
+    """The records of "tfds:NAME[:SPLIT]" with random access; `decoders` as TensorFlow Datasets has them, by field.
+
+    Raises UserError where the data set or the split is not there.
+    """
     _, _, split = source.removeprefix("tfds:").partition(":")
     builder = _tfds_builder(source, data)
     try:
-        records = builder.as_data_source(split or "train")
+        return builder.as_data_source(split or "train", decoders=decoders)
     except (ValueError, NotImplementedError) as error:
         raise UserError(f"data.sources: {source!r}: {_first_line(error)}") from error
+
+
+def _tfds_records(source: str, data: DataConfig) -> Iterator[Record]:
+    records = tfds_source(source, data)
     for number in range(len(records)):
         place = f"{source}, record {number + 1}"
         yield place, _field(records[number], data, place)
