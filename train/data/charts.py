@@ -1,8 +1,8 @@
 """Bar, line and pie charts of three to five categories, to be read off and calculated with.
 
-Categories are A, B, C, ..., each with its letter and its colour. Bars and lines show 1 to 9, with a line across the chart
-for each number; pies show tenths, with a tick for each at the rim, and are read as percent. Questions that need several
-values are answered step by step, and end with "Answer: ...". A composition is the kind of chart and its values.
+Categories are A, B, C, ..., each with its letter and its colour. Bars and lines show 1 to 9, with a line across the
+chart for each number; pies show tenths, with a tick for each at the rim, and are read as percent. Questions are
+answered step by step, and the reply ends with "Answer: ...". A composition is the kind of chart and its values.
 
 Legend: S side of a picture in pixels; C categories.
 """
@@ -10,6 +10,7 @@ Legend: S side of a picture in pixels; C categories.
 from __future__ import annotations
 
 import functools
+import itertools
 from typing import NamedTuple
 
 import numpy as np
@@ -37,9 +38,9 @@ ANSWERS = {
 
 # Where things are, in pixels of a picture of 64.
 UNIT = 64.0
-AXIS, BASE, STEP = 9.0, 55.0, 6.0  # the axes' x and y, and what one more is upwards
+AXIS, BASE, STEP = 9.0, 54.0, 5.0  # the axes' x and y, and what one more is upwards
 CENTRE, RADIUS, LETTERS, TICK = 32.0, 27.0, 18.0, 30.5  # of a pie: middle, rim, where letters are, ends of ticks
-GRID: RGB = (206, 210, 216)
+GRIDS: tuple[RGB, RGB] = ((178, 182, 190), (218, 221, 226))  # lines of even values, which have their number, and of odd
 
 
 class Chart(NamedTuple):
@@ -55,7 +56,7 @@ class Chart(NamedTuple):
 
 
 class Asked(NamedTuple):
-    """A question about a chart, and what is to be said: perhaps steps, then "Answer: ..."."""
+    """A question about a chart, and what is to be said: the steps, then "Answer: ..."."""
 
     kind: str
     chart: Chart
@@ -76,9 +77,7 @@ def make(task: str, seed: int, split: str, index: int, size: int = 64) -> Conver
     else:
         raise UserError(f"task={task!r}: charts have no such task; valid: {', '.join(TASKS)}")
     turns = (Turn("user", IMAGE + asked.question), Turn("assistant", asked.answer))
-    return Conversation(
-        f"charts:{task}:{split}:{seed}:{index}", turns, (draw(asked.chart, size),), kind=asked.kind
-    )
+    return Conversation(f"charts:{task}:{split}:{seed}:{index}", turns, (draw(asked.chart, size),), kind=asked.kind)
 
 
 def chart(seed: int, split: str, index: int) -> Chart:
@@ -137,7 +136,9 @@ def _asked(rng: np.random.Generator, kind: str, of: str, wanted: int | None) -> 
     first, second, total = (said(chart, value) for value in (chart.values[b], chart.values[c], wanted))
     if kind == "value":
         return Asked(kind, chart, f"What is {NAMES[b]}?", f"{NAMES[b]} is {first}. Answer: {total}")
-    sign, words = ("-", "How much more is {} than {}?") if kind == "difference" else ("+", "What are {} and {} together?")
+    sign, words = (
+        ("-", "How much more is {} than {}?") if kind == "difference" else ("+", "What are {} and {} together?")
+    )
     steps = f"{NAMES[b]} is {first}, {NAMES[c]} is {second}, {first} {sign} {second} = {total}. Answer: {total}"
     return Asked(kind, chart, words.format(NAMES[b], NAMES[c]), steps)
 
@@ -161,13 +162,13 @@ def _axes(size: int, background: RGB, number: int) -> np.ndarray:
     """An empty chart for bars or a line, float32 [S, S, 3]: grid, axes, numbers and letters."""
     image = drawing.canvas(size, background).astype(np.float32)
     for value in range(1, LARGEST + 1):
-        _rectangle(image, AXIS, BASE - value * STEP, UNIT, BASE - value * STEP + 1, GRID)
+        _rectangle(image, AXIS, BASE - value * STEP, UNIT, BASE - value * STEP + 1, GRIDS[value % 2])
         if value % 2 == 0:
             _text(image, str(value), 4.5, BASE - value * STEP + 0.5, INK)
-    _rectangle(image, AXIS - 1, 0, AXIS, BASE + 1, INK)
+    _rectangle(image, AXIS - 1, 4, AXIS, BASE + 1, INK)
     _rectangle(image, AXIS - 1, BASE, UNIT, BASE + 1, INK)
     for name, x in zip(NAMES, _places(number), strict=False):
-        _text(image, name, x, 60.5, INK)
+        _text(image, name, x, 59.5, INK)
     return image
 
 
@@ -186,7 +187,7 @@ def _bars(image: np.ndarray, chart: Chart) -> None:
 def _line(image: np.ndarray, chart: Chart) -> None:
     size = len(image)
     points = [(x, BASE + 0.5 - value * STEP) for x, value in zip(_places(len(chart.values)), chart.values, strict=True)]
-    for start, stop in zip(points, points[1:], strict=False):
+    for start, stop in itertools.pairwise(points):
         paint(image, _segment(size, start, stop, 0.9), INK)
     for name, point in zip(NAMES, points, strict=False):
         paint(image, _segment(size, point, point, 3.2), COLOURS[COLOUR_OF[name]])

@@ -24,7 +24,7 @@ REQUESTS = ("describe", "What happens?", "Describe the video.")
 FRAMES = 4
 SECONDS = 0.5  # between frames
 DIRECTIONS = {"left": (-1, 0), "right": (1, 0), "up": (0, -1), "down": (0, 1)}  # x, y
-RADII = (0.11, 0.14)  # from, to, in parts of the side
+RADII = (0.11, 0.125, 0.14)  # in parts of the side; few, so that stamps are used again
 STEPS = (0.17, 0.23)  # between frames, in parts of the side; the whole way stays below 1, so directions are clear
 
 
@@ -45,7 +45,7 @@ class Actor(NamedTuple):
 
 
 class Clip(NamedTuple):
-    """Actors in the order of their events. Kind "direction": one that moves in all frames; "order": two, one event each."""
+    """Actors in the order of their events: for kind "direction" one that always moves, for "order" two."""
 
     kind: str
     actors: tuple[Actor, ...]
@@ -53,7 +53,10 @@ class Clip(NamedTuple):
 
 
 def make(task: str, seed: int, split: str, index: int, size: int = 64) -> Conversation:
-    """Record `index` of "describe", F images uint8 [S, S, 3]. Raises UserError for another task, split or small sizes."""
+    """Record `index` of "describe", F images uint8 [S, S, 3], `times` in seconds.
+
+    Raises UserError for another task or split, and for a size in which shapes could not be told apart.
+    """
     if task not in TASKS:
         raise UserError(f"task={task!r}: clips have no such task; valid: {', '.join(TASKS)}")
     found = clip(seed, split, index)
@@ -86,7 +89,7 @@ def description(clip: Clip) -> str:
 def place(actor: Actor, frame: int) -> tuple[float, float] | None:
     """Centre (x, y) of an actor in a frame, in parts of the side, in [0, 1); None where it is not to be seen."""
     after = frame >= actor.start
-    if actor.event == "appears" and not after or actor.event == "disappears" and after:
+    if (actor.event == "appears" and not after) or (actor.event == "disappears" and after):
         return None
     way = actor.step * min(max(0, frame - actor.start + 1), actor.moves)
     x, y = DIRECTIONS.get(actor.event, (0, 0))
@@ -114,7 +117,9 @@ def _order(rng: np.random.Generator) -> Clip:
     events = [pick(rng, ("left", "right", "appears", "disappears")) for _ in range(2)]
     moves = [2 if event in DIRECTIONS else 0 for event in events]  # two: one alone could be a jump over the border
     pairs = [(i, j) for i in range(1, FRAMES) for j in range(i + 1, FRAMES)]
-    starts = pick(rng, [pair for pair in pairs if all(s + max(1, m) <= FRAMES for s, m in zip(pair, moves, strict=True))])
+    starts = pick(
+        rng, [pair for pair in pairs if all(s + max(1, m) <= FRAMES for s, m in zip(pair, moves, strict=True))]
+    )
     heights = (0.25, 0.75) if rng.random() < 0.5 else (0.75, 0.25)
     actors = [
         _actor(rng, kind, event, start, steps, rng.random(), height + rng.uniform(-0.08, 0.08))
@@ -132,8 +137,7 @@ def _kinds(rng: np.random.Generator, number: int) -> list[tuple[str, str]]:
 def _actor(
     rng: np.random.Generator, kind: tuple[str, str], event: str, start: int, moves: int, x: float, y: float
 ) -> Actor:
-    # The radius is of a few sizes, so that stamps are used again.
-    radius = pick(rng, np.linspace(*RADII, 4).tolist())
+    radius = pick(rng, RADII)
     return Actor(*kind, event, start, moves, (x, y), radius, rng.uniform(*STEPS))
 
 

@@ -1,9 +1,9 @@
 """What the pictures made here share: seeds, splits, colours, shapes with smooth edges, and letters.
 
-A picture is a pure function of (seed, task, split, index). What is on it irrespective of jitter, its composition, belongs
-to one split for ever, decided by a hash; a picture is redrawn until its composition is of the split that is asked for.
+A picture is a pure function of (seed, task, split, index). What is on it irrespective of jitter, its composition,
+belongs to one split for ever, decided by a hash; a picture is redrawn until its composition is of the split asked for.
 
-Legend: S side of a picture in pixels, n side of a stamp; "parts" are parts of the picture's side, x to the right, y down.
+Legend: S side of a picture in pixels, n side of a stamp; "parts" are parts of the side, x to the right, y downwards.
 """
 
 from __future__ import annotations
