@@ -18,7 +18,7 @@ import numpy as np
 from tpu.errors import UserError
 from train.data import drawing
 from train.data.conversation import IMAGE, Conversation, Turn
-from train.data.drawing import BACKGROUNDS, COLOURS, INK, RGB, paint, pick, span_coverage, text_coverage
+from train.data.drawing import BACKGROUNDS, COLOURS, INK, LEGIBLE, RGB, paint, pick, span_coverage, text_coverage
 
 TASKS = ("caption", "question")
 REQUESTS = ("describe", "Read the chart.", "What does the chart show?")
@@ -149,7 +149,7 @@ def _asked(rng: np.random.Generator, kind: str, of: str, wanted: int | None) -> 
 def draw(chart: Chart, size: int) -> np.ndarray:
     """The picture, uint8 [S, S, 3]. Raises UserError for a size in which it could not be read."""
     if chart.kind == "pie":
-        image = drawing.canvas(size, chart.background).astype(np.float32)
+        image = drawing.canvas(size, chart.background, LEGIBLE).astype(np.float32)
         _pie(image, chart)
     else:
         image = _axes(size, chart.background, len(chart.values)).copy()
@@ -160,7 +160,7 @@ def draw(chart: Chart, size: int) -> np.ndarray:
 @functools.lru_cache(64)
 def _axes(size: int, background: RGB, number: int) -> np.ndarray:
     """An empty chart for bars or a line, float32 [S, S, 3]: grid, axes, numbers and letters."""
-    image = drawing.canvas(size, background).astype(np.float32)
+    image = drawing.canvas(size, background, LEGIBLE).astype(np.float32)
     for value in range(1, LARGEST + 1):
         _rectangle(image, AXIS, BASE - value * STEP, UNIT, BASE - value * STEP + 1, GRIDS[value % 2])
         if value % 2 == 0:
@@ -236,7 +236,7 @@ def _segment(size: int, start: tuple[float, float], stop: tuple[float, float], h
     x, y = middles[None, :] - start[0], middles[:, None] - start[1]
     dx, dy = stop[0] - start[0], stop[1] - start[1]
     along = np.clip((x * dx + y * dy) / max(dx**2 + dy**2, 1e-6), 0, 1)
-    distance = np.hypot(x - along * dx, y - along * dy)
+    distance = np.sqrt((x - along * dx) ** 2 + (y - along * dy) ** 2)
     return np.clip((half_width - distance) * (size / UNIT) + 0.5, 0, 1)
 
 

@@ -24,6 +24,7 @@ RGB = tuple[int, int, int]
 SPLITS = ("train", "test")
 TEST_SHARE = 0.2
 SMALLEST = 32  # pixels; below it shapes can no longer be told apart
+LEGIBLE = 64  # pixels; below it the dots of letters run together
 
 COLOURS: dict[str, RGB] = {
     "red": (214, 40, 40),
@@ -82,10 +83,10 @@ def fitting(split: str, draw: Callable[[], T | None], composition: Callable[[T],
             return found
 
 
-def canvas(size: int, background: RGB) -> np.ndarray:
-    """An empty picture, uint8 [S, S, 3]. Raises UserError where shapes could not be told apart."""
-    if size < SMALLEST:
-        raise UserError(f"size={size}: too small to tell shapes apart; valid: {SMALLEST} pixels or more")
+def canvas(size: int, background: RGB, least: int = SMALLEST) -> np.ndarray:
+    """An empty picture, uint8 [S, S, 3]. Raises UserError where S is below `least`."""
+    if size < least:
+        raise UserError(f"size={size}: too small to make out what is drawn; valid: {least} pixels or more")
     return _ground(size, background).copy()
 
 
@@ -165,7 +166,10 @@ def text_coverage(text: str, size: int, left: float, top: float, dot: float) -> 
 
 def paint(image: np.ndarray, coverage: np.ndarray, colour: RGB) -> None:
     """Lays a colour over image, float32 [S, S, 3], as far as coverage [S, S] says."""
-    image += coverage[..., None] * (np.array(colour, np.float32) - image)
+    rows = np.flatnonzero(coverage.any(1))
+    if len(rows):
+        band = slice(rows[0], rows[-1] + 1)  # most that is drawn is a small part of the picture
+        image[band] += coverage[band, :, None] * (np.array(colour, np.float32) - image[band])
 
 
 _ROWS = {  # rows of a glyph from the top; # is ink

@@ -14,7 +14,7 @@ import numpy as np
 from tpu.errors import UserError
 from train.data import drawing
 from train.data.conversation import IMAGE, Conversation, Turn
-from train.data.drawing import BACKGROUNDS, COLOURS, INK, RGB, pick
+from train.data.drawing import BACKGROUNDS, COLOURS, INK, LEGIBLE, RGB, pick
 
 TASKS = ("read",)
 LETTERS, DIGITS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ", "0123456789"
@@ -51,7 +51,7 @@ def word(seed: int, split: str, index: int) -> Word:
 
 def draw(word: Word, size: int) -> np.ndarray:
     """The picture, uint8 [S, S, 3]. Raises UserError for a size in which it could not be read."""
-    image = drawing.canvas(size, word.background).astype(np.float32)
+    image = drawing.canvas(size, word.background, LEGIBLE).astype(np.float32)
     coverage = drawing.text_coverage(word.text, size, word.left * size, word.top * size, word.dot * size)
     drawing.paint(image, coverage, word.ink)
     return np.rint(image).astype(np.uint8)

@@ -130,7 +130,7 @@ def test_bad_arguments_are_named():
     for arguments, message in (
         (("read", 0, "train", 0), "task='read'.*caption, question"),
         (("caption", 0, "valid", 0), "split='valid'"),
-        (("caption", 0, "train", 0, 16), "size=16"),
+        (("caption", 0, "train", 0, 63), "size=63: .* valid: 64"),
     ):
         with pytest.raises(UserError, match=message):
             charts.make(*arguments)

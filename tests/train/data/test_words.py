@@ -81,7 +81,7 @@ def test_bad_arguments_are_named():
     for arguments, message in (
         (("caption", 0, "train", 0), "task='caption'.*read"),
         (("read", 0, "valid", 0), "split='valid'"),
-        (("read", 0, "train", 0, 16), "size=16"),
+        (("read", 0, "train", 0, 63), "size=63: .* valid: 64"),
     ):
         with pytest.raises(UserError, match=message):
             words.make(*arguments)
