@@ -150,8 +150,8 @@ def tiles(
 
     The tiles are cut from the image padded with `fill` to the grid's size, its shape kept. Raises UserError.
     """
-    rows, columns = best_grid(*image.shape[:2], grids, tile)
     whole = fit(image, tile, tile, "squash", method=method)
+    rows, columns = best_grid(*image.shape[:2], grids, tile)
     large = fit(image, rows * tile, columns * tile, "pad", fill, method)
     cut = large.reshape(rows, tile, columns, tile, -1).swapaxes(1, 2)
     return [whole, *cut.reshape(rows * columns, tile, tile, -1)]

@@ -196,11 +196,11 @@ def _quiet() -> Iterator[None]:
 def _starts(image: Image.Image, which: range, limits: Limits, name: str) -> np.ndarray:
     """When each of the frames begins, in seconds from the first."""
     milliseconds = [0.0]
-    for index in which[:-1]:
+    for index in which:  # The last too, though nothing follows: Pillow rewinds an animated PNG only from there.
         _seek(image, index, limits, name)
-        image.load()  # WEBP knows the duration only then
+        image.load()  # WEBP knows the duration only then.
         milliseconds.append(image.info.get("duration") or 100.0)
-    return np.cumsum(milliseconds) / 1000
+    return np.cumsum(milliseconds[:-1]) / 1000
 
 
 def _seek(image: Image.Image, index: int, limits: Limits, name: str) -> None:

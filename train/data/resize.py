@@ -3,7 +3,8 @@
 A resize is one matrix of weights per side, because it is separable: out = Y image X^T (Keys 1981 for the cubic kernel).
 With antialias the kernel widens with the ratio, as in Pillow and torch; uint8 is then left to Pillow itself, which is
 exact by definition and faster. Without, every output looks at the nearest two or four pixels, as torch's
-`F.interpolate(align_corners=False)`. "nearest" is the pixel under the centre: Pillow's, and torch's "nearest-exact".
+`F.interpolate(align_corners=False)`. "nearest" is the pixel under the centre (the later of two): Pillow's, and torch's
+"nearest-exact".
 
 Legend: H, W height and width given, h, w wanted, C channels.
 """
@@ -24,7 +25,7 @@ _PILLOW = {"bicubic": Image.Resampling.BICUBIC, "bilinear": Image.Resampling.BIL
 
 
 def resize(image: np.ndarray, height: int, width: int, method: str = "bicubic", antialias: bool = True) -> np.ndarray:
-    """[H, W, C] uint8 or float32 to [height, width, C] of the same dtype; bicubic uint8 is rounded and clipped.
+    """[H, W, C] uint8 or float32 to [height, width, C] of the same dtype; uint8 is rounded and clipped.
 
     The cubic kernel has a = -0.5 with antialias, as Pillow's, and -0.75 without, as torch's. Raises UserError.
     """
@@ -93,12 +94,13 @@ def _check(image: np.ndarray, height: int, width: int) -> None:
 
 
 def _by_pillow(image: np.ndarray, height: int, width: int, kernel: Image.Resampling) -> np.ndarray:
-    """Channel by channel, so that any number of them is an image to Pillow."""
-    channels = [
-        np.asarray(Image.fromarray(np.ascontiguousarray(image[..., c])).resize((width, height), kernel))
-        for c in range(image.shape[-1])
-    ]
-    return np.stack(channels, axis=-1)
+    """RGB at once; else channel by channel, for Pillow would take four for colour and opacity."""
+
+    def resized(part: np.ndarray) -> np.ndarray:
+        return np.array(Image.fromarray(np.ascontiguousarray(part)).resize((width, height), kernel))
+
+    C = image.shape[-1]
+    return resized(image) if C == 3 else np.stack([resized(image[..., c]) for c in range(C)], axis=-1)
 
 
 # Weights of one side: [out, in], each row sums to 1
