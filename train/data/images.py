@@ -17,7 +17,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image
 from PIL.BmpImagePlugin import BmpImageFile
 from PIL.GifImagePlugin import GifImageFile
 from PIL.JpegImagePlugin import JpegImageFile
@@ -39,6 +39,16 @@ FORMATS = {
     "BMP": (rb"BM", BmpImageFile),
     "TIFF": (rb"II[*+]\0|MM\0[*+]", TiffImageFile),
 }
+TURNS = {  # EXIF's orientation (2.3, tag 0x0112): what makes the image upright
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+SIDE = 2**16 - 1  # pixels, JPEG's own limit: Pillow's time for one long line grows with its square
 ANIMATED = ("GIF", "PNG", "WEBP")  # pages of a TIFF have no times
 
 # Mean and standard deviation of the channels, of values in [0, 1].
@@ -56,16 +66,17 @@ class Limits:
     """The most that is decoded: a small file can ask for any amount of memory and time."""
 
     megapixels: float = 40.0  # of one image, 10^6 pixels
-    frames: int = 1000  # of one animation
+    animation_megapixels: float = 1000.0  # of all frames of an animation together
 
 
 def decode(source: Source, limits: Limits = Limits(), name: str = "image") -> np.ndarray:
     """One image as uint8 [H, W, 3] RGB: upright as its EXIF says, alpha over white, 16-bit greyscale scaled to 8.
 
     `source` is a file's bytes or path (PNG, JPEG, WEBP, GIF, BMP or TIFF; of an animation the first frame), an image of
-    Pillow, or uint8 [H, W], [H, W, 1], [H, W, 3] or [H, W, 4], which is shared where it is already right. `name` opens
-    every message. Raises UserError for what cannot be read whole or exceeds `limits`.
+    Pillow, or uint8 [H, W], [H, W, 1], [H, W, 3] or [H, W, 4], which is shared where it is already right. `name` and
+    the path open every message. Raises UserError for what cannot be read whole or exceeds `limits`.
     """
+    name = _named(source, name)
     if isinstance(source, np.ndarray):
         return _from_array(source, limits, name)
     with _opened(source, limits, name) as image:
@@ -80,6 +91,7 @@ def frames(
     They are those nearest to `count` instants spread evenly from the first frame to the last; an animation with fewer
     frames repeats some, a still image itself. A frame without a duration lasts 0.1 s. Raises UserError as `decode`.
     """
+    name = _named(source, name)
     if count < 1:
         raise UserError(f"{name}: count={count} frames: must be at least 1")
     if isinstance(source, np.ndarray):
@@ -88,8 +100,9 @@ def frames(
         total = getattr(image, "n_frames", 1) if image.format in ANIMATED else 1
         if total == 1:
             return [_pixels(image)] * count, [0.0] * count
-        if total > limits.frames:
-            raise UserError(f"{name}: {total} frames; at most {limits.frames} (Limits.frames)")
+        if (millions := total * image.width * image.height / 1e6) > limits.animation_megapixels:
+            most = f"at most {limits.animation_megapixels:g} (Limits.animation_megapixels)"
+            raise UserError(f"{name}: {total} frames of {millions / total:.8g} megapixels are {millions:.8g}; {most}")
         first = int(getattr(image, "default_image", False))  # an APNG's picture for readers that know no animation
         starts = _starts(image, range(first, total), limits, name)
         instants = np.linspace(0, starts[-1], count)
@@ -126,6 +139,10 @@ def _normalization(name: str) -> tuple[np.ndarray, np.ndarray]:
 # Opening
 
 
+def _named(source: Source, name: str) -> str:
+    return f"{name} {str(source)!r:.200}" if isinstance(source, (str, Path)) else name
+
+
 @contextlib.contextmanager
 def _opened(source: bytes | str | Path | Image.Image, limits: Limits, name: str) -> Iterator[Image.Image]:
     """The image with its header read and its size within limits; what fails until the end becomes a UserError."""
@@ -159,7 +176,7 @@ def _stream(source: bytes | str | Path, name: str) -> io.BufferedIOBase:
     try:
         return open(source, "rb")
     except (OSError, ValueError) as error:
-        raise UserError(f"{name}: {str(source)!r} cannot be opened: {getattr(error, 'strerror', error)}") from error
+        raise UserError(f"{name}: cannot be opened: {getattr(error, 'strerror', error)}") from error
 
 
 def _format(stream: io.BufferedIOBase, name: str) -> str:
@@ -177,6 +194,8 @@ def _check_size(width: int, height: int, limits: Limits, name: str) -> None:
     if (millions := height * width / 1e6) > limits.megapixels:
         asked = f"{height} x {width} pixels (height x width) are {millions:.8g} megapixels"
         raise UserError(f"{name}: {asked}; at most {limits.megapixels:g} (Limits.megapixels)")
+    if max(height, width) > SIDE:
+        raise UserError(f"{name}: {height} x {width} pixels (height x width); a side is at most {SIDE}")
 
 
 _FILTERS = threading.Lock()
@@ -184,7 +203,7 @@ _FILTERS = threading.Lock()
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Without Pillow's warnings of sizes: it warns where we refuse. One thread at a time, for filters are global."""
+    """Without Pillow's warnings: of sizes, which are refused, and of EXIF. One thread at a time: filters are global."""
     with _FILTERS, warnings.catch_warnings():
         warnings.simplefilter("ignore")
         yield
@@ -215,7 +234,7 @@ def _seek(image: Image.Image, index: int, limits: Limits, name: str) -> None:
 def _pixels(image: Image.Image) -> np.ndarray:
     """uint8 [H, W, 3] of an image of any mode. Raises ValueError for values that have no scale."""
     bits = getattr(image, "tag_v2", {}).get(258, (16,))[0]  # TIFF's BitsPerSample
-    image = ImageOps.exif_transpose(image)
+    image = _upright(image)
     if image.mode == "F":
         raise ValueError("its values are float, of unknown range")
     if image.mode.startswith("I"):
@@ -225,6 +244,16 @@ def _pixels(image: Image.Image) -> np.ndarray:
     if image.has_transparency_data:
         return _over_white(np.asarray(image.convert("RGBA")))
     return np.array(image.convert("RGB"))
+
+
+def _upright(image: Image.Image) -> Image.Image:
+    image.load()
+    try:
+        with _quiet():
+            orientation = image.getexif().get(0x0112)
+    except Exception:  # What EXIF says may be broken where the image is whole.
+        return image
+    return image.transpose(TURNS[orientation]) if orientation in TURNS else image
 
 
 def _grey(image: Image.Image, bits: int) -> np.ndarray:
