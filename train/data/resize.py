@@ -126,14 +126,8 @@ def _linear(distance: np.ndarray) -> np.ndarray:
 def _antialiased(size: int, out: int, method: str) -> np.ndarray:
     """The kernel around each output's centre, as wide as the output's own pixel is; what lies outside is left out."""
     scale = size / out
-    wide = max(scale, 1.0)
-    support = (2.0 if method == "bicubic" else 1.0) * wide
-    centres = scale * (np.arange(out) + 0.5)[:, None]
-    pixels = np.arange(size)[None, :]
-    first, end = np.floor(centres - support + 0.5), np.floor(centres + support + 0.5)
-    distance = (pixels + 0.5 - centres) / wide
+    distance = (np.arange(size) + 0.5 - scale * (np.arange(out) + 0.5)[:, None]) / max(scale, 1.0)
     weights = _cubic(distance, -0.5) if method == "bicubic" else _linear(distance)
-    weights = np.where((pixels >= first) & (pixels < end), weights, 0.0)
     return (weights / weights.sum(1, keepdims=True)).astype(np.float32)
 
 

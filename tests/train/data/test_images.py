@@ -141,6 +141,13 @@ def test_alpha_lies_over_white():
     np.testing.assert_array_equal(decode(saved(Image.fromarray(grey, "LA"))), wanted)
 
 
+def test_every_colour_at_every_opacity_is_rounded():
+    colour, alpha = np.mgrid[:256, :256]
+    wanted = np.rint((colour * alpha + 255.0 * (255 - alpha)) / 255)
+    rgba = np.stack([colour, colour, colour, alpha], axis=-1).astype(np.uint8)
+    np.testing.assert_array_equal(decode(rgba), wanted[..., None] + [0] * 3)
+
+
 @pytest.mark.parametrize(("clear", "opacity"), [(1, (255, 0, 255)), (bytes([255, 51, 0]), (255, 51, 0))])
 def test_palettes_have_transparency(clear, opacity):
     image = Image.fromarray(np.array([[0, 1, 2]], np.uint8), "P")
