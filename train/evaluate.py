@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 from absl import flags
 
 from train import entry
-from train.config import LABEL_HEADS
+from train.config import SCORED
 
 if TYPE_CHECKING:
     from tpu.watchdog import Watchdog
@@ -75,7 +75,7 @@ def held_out_figures(
     loss = totals["nll_sum"] / tokens
     if objective == "regression":
         return {"loss": loss}
-    if objective in LABEL_HEADS:
+    if objective in SCORED:
         return {"loss": loss, "accuracy": totals["correct_sum"] / tokens}
     figures = {"loss": loss, "perplexity": math.exp(min(loss, 700.0))}
     if objective != "next_token":
@@ -109,7 +109,7 @@ def main() -> int:
     if not data.holdout:
         raise entry.UserError("data.holdout=0.0: this experiment keeps no held-out documents to evaluate")
     experiment, name = trained.experiment, trained.experiment.objective.name
-    corpus = pipeline.load(data, tokenizer=trained.tokenizer, objective=name, labels=experiment.model.labels)
+    corpus = pipeline.load(data, tokenizer=trained.tokenizer, objective=name, model=experiment.model)
     start = time.monotonic()
     transform = pipeline.row_transform(experiment, corpus, held_out=True)
     batches = pipeline.held_out_batches(corpus, data, data.batch_size, entry.FLAGS.batches, transform=transform)
