@@ -2,6 +2,7 @@
 
 # No postponed annotations here: ml_collections reads the fields' types as they stand.
 import dataclasses
+import math
 
 from tpu.errors import UserError
 
@@ -214,6 +215,10 @@ class VisionConfig:
     @property
     def vectors(self) -> int:
         """Vectors that an image of image_size gives to the text."""
+        return self.vectors_of(self.image_size, self.image_size)
+
+    def vectors_of(self, height: int, width: int) -> int:
+        """Vectors that an image of so many pixels gives to the text."""
         if self.connector == "perceiver":
             return self.latents
-        return (self.grid // self.shrink) ** 2 + self.keep_class
+        return math.prod(side // self.reduction // self.shrink for side in (height, width)) + self.keep_class
