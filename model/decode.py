@@ -57,12 +57,15 @@ class Sight(NamedTuple):
     shift: jax.Array | None = None  # [B] int32, what follows is turned to its place in the text plus this
 
 
+NOTHING_SEEN = Sight()
+
+
 class Decoder(NamedTuple):
     """The compiled functions of one model.
 
-    start(weights, tokens, lengths, sampling, keys, max_tokens, slots, sight=Sight()) -> Drawn, with C = 1:
+    start(weights, tokens, lengths, sampling, keys, max_tokens, slots, sight) -> Drawn, with C = 1:
       tokens [B, T] and lengths [B] from `pad_prompts`, keys [B] from `row_keys`, max_tokens [B] int32 at least 1;
-      slots, a Python integer, at least T and the longest length + max_tokens (see `slots_for`); sight, what is seen.
+      slots, a Python integer, at least T and the longest length + max_tokens (see `slots_for`); sight, what is seen, nothing if left out.
     decode(weights, rows, sampling, chunk) -> Drawn, with C = chunk, a Python integer: `rows` are donated.
 
     Weights are those of `decoding_weights`. Tokens are NO_TOKEN where a row had ended before. Log-probabilities are
@@ -74,7 +77,12 @@ class Decoder(NamedTuple):
 
 
 def prefill(
-    model: Transformer, config: ModelConfig, tokens: jax.Array, lengths: jax.Array, slots: int, sight: Sight = Sight()
+    model: Transformer,
+    config: ModelConfig,
+    tokens: jax.Array,
+    lengths: jax.Array,
+    slots: int,
+    sight: Sight = NOTHING_SEEN,
 ) -> tuple[Cache, jax.Array, Source | None]:
     """Reads right-padded prompts, tokens [B, T] of lengths [B].
 
@@ -162,7 +170,7 @@ def make_decoder(config: ModelConfig, graphdef: nnx.GraphDef, vocab_size: int, e
         keys: jax.Array,
         max_tokens: jax.Array,
         slots: int,
-        sight: Sight = Sight(),
+        sight: Sight = NOTHING_SEEN,
     ) -> Drawn:
         model = bind(graphdef, weights)
         b, t = tokens.shape

@@ -17,7 +17,7 @@ from model.sampling import Sampling
 from model.transformer import Weights
 from model.vision import Images
 from train.config import DataConfig
-from train.data.assemble import tokenize
+from train.data.assemble import Tokens, tokenize
 from train.data.conversation import IMAGE, Conversation
 from train.data.conversations import assembly_of, read_images
 from train.data.made import answer
@@ -47,7 +47,9 @@ def replier(
 
     def ask(conversations: Sequence[Conversation]) -> list[str]:
         filled = [*conversations, *[conversations[0]] * (rows - len(conversations))]
-        tokens, lengths, sight = prompts(filled)
+        runs = [tokenize(conversation, tokenizer, assembly, answer=False) for conversation in filled]
+        lengths = np.array([len(run.ids) for run in runs], np.int32)
+        tokens, sight = padded(runs, "ids", 0, data.context), seen(filled, runs, data, config, data.context)
         keys, limits = row_keys([0] * rows, [0] * rows), np.full(rows, max_tokens, np.int32)
         state, drawn, _ = decoder.start(prepared, tokens, lengths, sampling, keys, limits, slots, sight)
         said = [np.asarray(drawn)]
@@ -60,34 +62,32 @@ def replier(
             for row in np.concatenate(said, 1)[: len(conversations)]
         ]
 
-    def prompts(conversations: Sequence[Conversation]) -> tuple[np.ndarray, np.ndarray, Sight]:
-        runs = [tokenize(conversation, tokenizer, assembly, answer=False) for conversation in conversations]
-        lengths = np.array([len(run.ids) for run in runs], np.int32)
-
-        def padded(field: str, fill: int) -> np.ndarray:
-            array = np.full((len(runs), data.context), fill, np.int32)
-            for row, run in zip(array, runs, strict=True):
-                row[: len(run.ids)] = getattr(run, field)
-            return array
-
-        if config.fusion == "none":
-            return padded("ids", 0), lengths, Sight()
-        pixels, there = zip(*(read_images(conversation, data, config) for conversation in conversations), strict=True)
-        given = np.array([run.learned.index(True) if True in run.learned else len(run.ids) for run in runs])
-        images = Images(
-            np.stack(pixels),
-            np.stack(there),
-            padded("slots", -1),
-            padded("seen", 0),
-            (np.arange(data.context) < given[:, None]).astype(np.int32),
-        )
-        return padded("ids", 0), lengths, Sight(images)
-
     def ask_all(conversations: Sequence[Conversation]) -> list[str]:
         starts = range(0, len(conversations), rows)
         return [reply for start in starts for reply in ask(conversations[start : start + rows])]
 
     return ask_all
+
+
+def padded(runs: Sequence[Tokens], field: str, fill: int, width: int) -> np.ndarray:
+    """A field of every run as [B, width] int32."""
+    array = np.full((len(runs), width), fill, np.int32)
+    for row, run in zip(array, runs, strict=True):
+        row[: len(run.ids)] = getattr(run, field)
+    return array
+
+
+def seen(
+    conversations: Sequence[Conversation], runs: Sequence[Tokens], data: DataConfig, config: ModelConfig, width: int
+) -> Sight:
+    """What prompts show: `runs` are the conversations' tokens, `width` that of the padded prompts."""
+    if config.fusion == "none":
+        return Sight()
+    pixels, there = zip(*(read_images(conversation, data, config) for conversation in conversations), strict=True)
+    given = np.array([run.learned.index(True) if True in run.learned else len(run.ids) for run in runs])
+    slots, images = padded(runs, "slots", -1, width), padded(runs, "seen", 0, width)
+    before = (np.arange(width) < given[:, None]).astype(np.int32)
+    return Sight(Images(np.stack(pixels), np.stack(there), slots, images, before))
 
 
 def truth(conversation: Conversation) -> str:
@@ -120,7 +120,7 @@ def shuffled(conversations: Sequence[Conversation], seed: int = 0) -> list[Conve
 
 
 def blind_guesses(known: Sequence[Conversation], asked: Sequence[Conversation]) -> list[str]:
-    """The best guesses without looking: what was most often right in `known` for the same question, or else its kind."""
+    """The best guesses without looking: what was right most often in `known`, for the same question or its kind."""
     by_question: dict[str, Counter[str]] = defaultdict(Counter)
     by_kind: dict[str, Counter[str]] = defaultdict(Counter)
     for conversation in known:
