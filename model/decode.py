@@ -65,7 +65,8 @@ class Decoder(NamedTuple):
 
     start(weights, tokens, lengths, sampling, keys, max_tokens, slots, sight) -> Drawn, with C = 1:
       tokens [B, T] and lengths [B] from `pad_prompts`, keys [B] from `row_keys`, max_tokens [B] int32 at least 1;
-      slots, a Python integer, at least T and the longest length + max_tokens (see `slots_for`); sight, what is seen, nothing if left out.
+      slots, a Python integer, at least T and the longest length + max_tokens (see `slots_for`); sight, what is seen;
+      nothing if left out.
     decode(weights, rows, sampling, chunk) -> Drawn, with C = chunk, a Python integer: `rows` are donated.
 
     Weights are those of `decoding_weights`. Tokens are NO_TOKEN where a row had ended before. Log-probabilities are
