@@ -167,7 +167,8 @@ class Vision(nnx.Module):
         return Source(h.reshape(b, -1, h.shape[-1]), self.places(images, h.shape[2]))
 
     def _packed(self, images: Images) -> Source:
-        h = self.encoder.vit(images.pixels, images.segments, images.positions)
+        x = normalized(images.pixels, self.encoder.normalization)
+        h = self.encoder.vit(x, images.segments, images.positions)
         h = self.connector(h, None, images.segments)
         ones = jnp.ones(h.shape[:2], jnp.int32)
         return Source(h, Place(ones, jnp.zeros_like(ones)))

@@ -27,8 +27,9 @@ CHOICES = {
 # Mean and standard deviation per channel of pixels in [0, 1].
 NORMALIZATIONS = {
     "none": ((0.0, 0.0, 0.0), (1.0, 1.0, 1.0)),
-    "half": ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5)),  # ViT, SigLIP
-    "imagenet": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
+    "half": ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5)),  # to [-1, 1]: google-research/vision_transformer, big_vision (SigLIP)
+    "imagenet": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),  # torchvision's models
+    # openai/CLIP, clip/clip.py; LLaVA, Flamingo and Qwen2-VL take over its tower or its numbers
     "clip": ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)),
 }
 

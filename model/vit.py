@@ -19,7 +19,7 @@ from flax import nnx
 
 from model.attention import Place
 from model.config import ModelConfig
-from model.interpolation import bicubic
+from model.interpolation import interpolated
 from model.linear import Linear, parameter
 from model.norms import Norm
 from model.rope import plain_frequencies, rotation
@@ -141,6 +141,6 @@ class ViT(nnx.Module):
         if grid is None:
             return jnp.take(table, positions[..., 0] * self.grid + positions[..., 1], axis=0)
         if grid != (self.grid, self.grid):
-            rows, columns = (jnp.asarray(bicubic(self.grid, size), jnp.float32) for size in grid)
+            rows, columns = (interpolated(self.grid, size, "bicubic") for size in grid)
             table = jnp.einsum("hr,wc,rcd->hwd", rows, columns, table.reshape(self.grid, self.grid, -1))
         return table.reshape(1, -1, self.embed_dim)

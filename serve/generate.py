@@ -234,17 +234,14 @@ def complete(
 
     from model.decode import NO_TOKEN, Sight, pad_prompts, row_keys, slots_for
     from model.sampling import Sampling
-    from train.answers import seen
-    from train.data.assemble import tokenize
-    from train.data.conversations import assembly_of
+    from train import answers
 
     for request in requests:
         request.check()
-    asked = [conversation(request) for request in requests]
     if data is None:
         prompts = [prompt_tokens(tokenizer, request.prompt) for request in requests]
     else:
-        runs = [tokenize(one, tokenizer, assembly_of(data, config), answer=False) for one in asked]
+        runs, sight = answers.prompts([conversation(request) for request in requests], tokenizer, data, config)
         prompts = [run.ids for run in runs]
     for request, prompt in zip(requests, prompts, strict=True):
         check_length(config, len(prompt), request.max_tokens)
@@ -258,8 +255,8 @@ def complete(
     keys = row_keys(column("seed", np.uint32), column("number", np.uint32))
     slots = slots_for(tokens.shape[1], int((lengths + max_tokens).max()))
     completions = [Completion(*of_row, tokenizer) for of_row in zip(requests, prompts, strict=True)]
-    sight = Sight() if data is None else seen(asked, runs, data, config, tokens.shape[1])
-    rows, drawn, logprobs = decoder.start(weights, tokens, lengths, sampling, keys, max_tokens, slots, sight)
+    seen = Sight() if data is None else sight(tokens.shape[1])
+    rows, drawn, logprobs = decoder.start(weights, tokens, lengths, sampling, keys, max_tokens, slots, seen)
     while True:
         for completion, *of_row in zip(completions, np.asarray(drawn), np.asarray(logprobs), strict=True):
             for token, logprob in zip(*of_row, strict=True):

@@ -19,7 +19,8 @@ from model.vision import Images
 from train.config import DataConfig
 from train.data.assemble import Tokens, tokenize
 from train.data.conversation import IMAGE, Conversation
-from train.data.conversations import assembly_of, read_images
+from train.data.conversations import assembly_of
+from train.data.image_inputs import Looked, look
 from train.data.made import answer
 from train.data.tokenizer import Tokenizer
 
@@ -36,7 +37,6 @@ def replier(
       max_tokens: of an answer. rows: B.
     The function raises UserError for a conversation whose images or text do not fit.
     """
-    assembly = assembly_of(data, config)
     decoder = make_decoder(config, build(config)[0], tokenizer.vocab_size, tokenizer.end_of_document)
     prepared = decoding_weights(config, weights)
     slots = slots_for(data.context, data.context + max_tokens)
@@ -47,9 +47,9 @@ def replier(
 
     def ask(conversations: Sequence[Conversation]) -> list[str]:
         filled = [*conversations, *[conversations[0]] * (rows - len(conversations))]
-        runs = [tokenize(conversation, tokenizer, assembly, answer=False) for conversation in filled]
+        runs, sight = prompts(filled, tokenizer, data, config)
         lengths = np.array([len(run.ids) for run in runs], np.int32)
-        tokens, sight = padded(runs, "ids", 0, data.context), seen(filled, runs, data, config, data.context)
+        tokens, sight = padded(runs, "ids", 0, data.context), sight(data.context)
         keys, limits = row_keys([0] * rows, [0] * rows), np.full(rows, max_tokens, np.int32)
         state, drawn, _ = decoder.start(prepared, tokens, lengths, sampling, keys, limits, slots, sight)
         said = [np.asarray(drawn)]
@@ -77,17 +77,33 @@ def padded(runs: Sequence[Tokens], field: str, fill: int, width: int) -> np.ndar
     return array
 
 
-def seen(
-    conversations: Sequence[Conversation], runs: Sequence[Tokens], data: DataConfig, config: ModelConfig, width: int
-) -> Sight:
-    """What prompts show: `runs` are the conversations' tokens, `width` that of the padded prompts."""
-    if config.fusion == "none":
-        return Sight()
-    pixels, there = zip(*(read_images(conversation, data, config) for conversation in conversations), strict=True)
-    given = np.array([run.learned.index(True) if True in run.learned else len(run.ids) for run in runs])
-    slots, images = padded(runs, "slots", -1, width), padded(runs, "seen", 0, width)
-    before = (np.arange(width) < given[:, None]).astype(np.int32)
-    return Sight(Images(np.stack(pixels), np.stack(there), slots, images, before))
+def prompts(
+    conversations: Sequence[Conversation], tokenizer: Tokenizer, data: DataConfig, config: ModelConfig
+) -> tuple[list[Tokens], Callable[[int], Sight]]:
+    """The tokens before each conversation's last answer, and what they show where prompts are padded to a width.
+
+    Raises UserError for images that cannot be read, and what does not fit into a row.
+    """
+    sees = config.vision.encoder != "none"
+    looked = [look(each, data, config) if sees else Looked(each, (), {}) for each in conversations]
+    runs = [tokenize(one.conversation, one.vectors, tokenizer, assembly_of(data), answer=False) for one in looked]
+
+    def sight(width: int) -> Sight:
+        if not sees:
+            return Sight()
+        fields = {name: np.stack([one.fields[name] for one in looked]) for name in looked[0].fields}
+        given = np.array([run.learned.index(True) if True in run.learned else len(run.ids) for run in runs])
+        images = Images(
+            pixels=fields["images"],
+            segments=fields["image_segments"],
+            slots=padded(runs, "slots", -1, width),
+            seen=padded(runs, "seen", 0, width),
+            given=(np.arange(width) < given[:, None]).astype(np.int32),
+            positions=fields.get("image_positions"),
+        )
+        return Sight(images)
+
+    return runs, sight
 
 
 def truth(conversation: Conversation) -> str:

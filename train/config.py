@@ -35,7 +35,10 @@ class DataConfig:
     pair_field: str = ""  # of labelled records: a second text, such as a question about the first; "": there is none
     target_context: int = 0  # tokens of a sequence_to_sequence target; 0: data.context
     images: int = 1  # images per row, at most (of a model that sees); train.data.conversations says what is read
-    image_fit: str = "squash"  # what makes an image square: squash, pad or crop (train.data.resize)
+    image_fit: str = "squash"  # how images are made to fit: squash, pad, crop, tiles, native (train.data.image_inputs)
+    max_tiles: int = 4  # of tiles: most of one image, beside its overview
+    patches: int = 256  # of native: patches of all images of a row, at most
+    frames: int = 0  # of an animated file, taken as images with times; 0: the first alone
     image_field: str = "image"  # of TensorFlow Datasets records
     caption_field: str = "caption"  # of TensorFlow Datasets and of the JSON of tar shards
     user_format: str = "{}\n"  # what is given of a conversation, {} standing for the text
@@ -360,8 +363,17 @@ def _check_objective(experiment: Experiment) -> None:
 def _check_sight(experiment: Experiment) -> None:
     """Raises UserError where images, objective and rows do not go together."""
     model, objective, data = experiment.model, experiment.objective, experiment.data
-    _at_least(1, {"data.images": data.images})
-    _one_of("data.image_fit", data.image_fit, ("squash", "pad", "crop"))
+    _at_least(1, {f"data.{field}": getattr(data, field) for field in ("images", "max_tiles", "patches")})
+    _at_least(0, {"data.frames": data.frames})
+    _one_of("data.image_fit", data.image_fit, ("squash", "pad", "crop", "tiles", "native"))
+    packs = model.fusion == "merge" and model.vision.encoder == "vit" and model.vision.stem == "patches"
+    if data.image_fit == "native" and not (packs and model.vision.positions in ("rope", "sincos")):
+        raise UserError(
+            "data.image_fit='native': needs model.fusion='merge' and a vit on patches with model.vision.positions rope "
+            "or sincos"
+        )
+    if data.image_fit == "native" and (model.vision.class_token or model.vision.connector == "perceiver"):
+        raise UserError("data.image_fit='native': not with model.vision.class_token or connector='perceiver'")
     if not 0.0 <= data.max_bad_fraction <= 1.0:
         raise UserError(f"data.max_bad_fraction={data.max_bad_fraction}: must be between 0 and 1")
     for field in ("user_format", "assistant_format"):

@@ -106,6 +106,9 @@ def abstract_batch(experiment: Experiment) -> Batch:
     sees, merges = model.vision.encoder != "none", model.fusion not in ("none", "contrastive")
     count = data.images if merges else 1
     size = model.vision.image_size
+    native = sees and data.image_fit == "native"
+    if native:
+        count, size = data.patches, model.vision.patch_size
     of_image = jax.ShapeDtypeStruct((rows, count, size, size, model.vision.channels), jnp.uint8)
 
     def integers(*shape: int) -> jax.ShapeDtypeStruct:
@@ -125,6 +128,7 @@ def abstract_batch(experiment: Experiment) -> Batch:
         input_segments=integers(rows, inputs) if model.kind == "encoder_decoder" else None,
         images=of_image if sees else None,
         image_segments=integers(rows, count) if sees else None,
+        image_positions=integers(rows, count, 2) if native else None,
         image_slots=whole if merges else None,
         images_seen=whole if merges else None,
         given=whole if merges else None,
@@ -173,8 +177,8 @@ def loss_sums(
     if experiment.model.kind == "decoder":
         images = None
         if batch.images is not None:
-            fields = batch.image_segments, batch.image_slots, batch.images_seen, batch.given
-            images = Images(batch.images, *fields)
+            by_token = batch.image_slots, batch.images_seen, batch.given
+            images = Images(batch.images, batch.image_segments, *by_token, batch.image_positions)
         hidden, memory, routings = model.routed(batch.tokens, place, memory, keys, images=images)
     else:
         hidden, _ = model(batch.tokens, place, key=keys, **extra)

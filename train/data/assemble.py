@@ -7,12 +7,13 @@ one after the other, each with its time before it.
 
 An image is never cut. What does not fit is cut at the end of the text, or the record is refused.
 
-Legend: T tokens per row, N images per row, P vectors of an image.
+Legend: T tokens per row.
 """
 
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -24,11 +25,9 @@ from train.data.tokenizer import Tokenizer
 
 @dataclasses.dataclass(frozen=True)
 class Assembly:
-    """How rows are made: of T = `context` tokens and N = `images` images, with P = `vectors` tokens for each image."""
+    """How rows are made: of T = `context` tokens, with these formats around what each side says."""
 
     context: int
-    images: int
-    vectors: int
     user_format: str
     assistant_format: str
 
@@ -43,23 +42,21 @@ class Tokens(NamedTuple):
     cut: bool = False  # whether something at the end was left out
 
 
-def place_images(conversation: Conversation, assembly: Assembly) -> None:
-    """Raises UserError where texts and images do not match, or are more than a row may hold."""
-    placed = sum(turn.text.count(IMAGE) for turn in conversation.turns)
-    if placed != len(conversation.images):
-        raise UserError(
-            f"{conversation.key}: {placed} {IMAGE} in the text, {len(conversation.images)} images; must be as many"
-        )
-    if placed > assembly.images:
-        raise UserError(f"{conversation.key}: {placed} images; a row holds data.images={assembly.images} of them")
-
-
-def tokenize(conversation: Conversation, tokenizer: Tokenizer, assembly: Assembly, answer: bool = True) -> Tokens:
+def tokenize(
+    conversation: Conversation,
+    vectors: Sequence[int],
+    tokenizer: Tokenizer,
+    assembly: Assembly,
+    answer: bool = True,
+) -> Tokens:
     """The tokens of a conversation; without `answer`, of what stands before the assistant's last turn.
 
-    Raises UserError where texts and images do not match, or the images do not fit into a row.
+    vectors: of each image; 0: it stands between tokens. Raises UserError where there are more or fewer images in the
+    text, and where images and questions do not fit into a row.
     """
-    place_images(conversation, assembly)
+    placed = sum(turn.text.count(IMAGE) for turn in conversation.turns)
+    if placed != len(vectors):
+        raise UserError(f"{conversation.key}: {placed} {IMAGE} in the text, {len(vectors)} images; must be as many")
     end = tokenizer.end_of_document
     ids, slots, seen, learned = [tokenizer.beginning], [-1], [0], [False]
 
@@ -80,7 +77,7 @@ def tokenize(conversation: Conversation, tokenizer: Tokenizer, assembly: Assembl
         for index, piece in enumerate(pieces):
             if index:
                 images += 1
-                add([end] * assembly.vectors, (images - 1) * assembly.vectors, False)
+                add([end] * vectors[images - 1], sum(vectors[: images - 1]), False)
             if index < len(pieces) - 1 and conversation.times:
                 piece += f"{conversation.times[images]:g} s:"
             add(tokenizer.encode(piece) if piece else [], -1, of_assistant)

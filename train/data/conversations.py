@@ -22,8 +22,7 @@ from train.data import image_text, made
 from train.data.assemble import Assembly, row_fields, tokenize
 from train.data.batch import Batch
 from train.data.conversation import Conversation
-from train.data.images import decode
-from train.data.resize import fit
+from train.data.image_inputs import look
 from train.data.skipping import Skipping
 from train.data.sources import is_held_out
 from train.data.tokenizer import Tokenizer
@@ -71,21 +70,9 @@ def open_source(name: str, data: DataConfig, size: int) -> ConversationSource:
     return ConversationSource(name, of(False), of(True), found.digest)
 
 
-def assembly_of(data: DataConfig, model: ModelConfig) -> Assembly:
-    """How rows are made for a resolved model."""
-    vectors = model.vision.vectors if model.fusion == "merge" else 0
-    return Assembly(data.context, data.images, vectors, data.user_format, data.assistant_format)
-
-
-def read_images(conversation: Conversation, data: DataConfig, model: ModelConfig) -> tuple[np.ndarray, np.ndarray]:
-    """images [N, S, S, channels] uint8 and image_segments [N] int32 of a row. Raises UserError for what is no image."""
-    size, channels = model.vision.image_size, model.vision.channels
-    images, there = np.zeros((data.images, size, size, channels), np.uint8), np.zeros(data.images, np.int32)
-    for number, source in enumerate(conversation.images):
-        image = fit(decode(source, name=f"{conversation.key}, image {number + 1}"), size, size, data.image_fit)
-        images[number] = image if channels == 3 else image.mean(-1, keepdims=True).round()
-        there[number] = 1
-    return images, there
+def assembly_of(data: DataConfig) -> Assembly:
+    """How rows are made."""
+    return Assembly(data.context, data.user_format, data.assistant_format)
 
 
 class Rows(Sequence[Batch]):
@@ -104,18 +91,16 @@ class Rows(Sequence[Batch]):
 
 def conversation_row(conversation: Conversation, tokenizer: Tokenizer, data: DataConfig, model: ModelConfig) -> Batch:
     """A row [T] that learns what the assistant says. Raises UserError for a conversation that makes none."""
-    assembly = assembly_of(data, model)
-    sees = model.vision.encoder != "none"
+    sees, vectors, images = model.vision.encoder != "none", (), {}
     if not sees and conversation.images:
         raise UserError(f"{conversation.key}: has images, and model.vision.encoder='none' cannot see")
-    tokens = tokenize(conversation, tokenizer, assembly)
+    if sees:
+        conversation, vectors, images = look(conversation, data, model)
+    tokens = tokenize(conversation, vectors, tokenizer, assembly_of(data))
     if not any(tokens.learned):
         raise UserError(f"{conversation.key}: the assistant says nothing")
-    fields = row_fields(tokens, assembly)
-    if not sees:
-        return Batch(**{name: fields[name] for name in Batch._fields[:5]})
-    images, there = read_images(conversation, data, model)
-    return Batch(**fields, images=images, image_segments=there)
+    fields = row_fields(tokens, assembly_of(data))
+    return Batch(**{name: fields[name] for name in fields if sees or name in Batch._fields[:5]}, **images)
 
 
 def last_answer(conversation: Conversation) -> str:
@@ -153,8 +138,8 @@ def class_row(conversation: Conversation, names: dict[str, int], data: DataConfi
 def _one_image(conversation: Conversation, data: DataConfig, model: ModelConfig) -> dict[str, np.ndarray]:
     if len(conversation.images) != 1:
         raise UserError(f"{conversation.key}: {len(conversation.images)} images; one is wanted")
-    images, there = read_images(conversation, data, model)
-    return {"images": images[:1], "image_segments": there[:1]}
+    fields = look(conversation, data, model).fields
+    return {name: array[:1] for name, array in fields.items()}
 
 
 def class_names(sides: Sequence[Side], labels: int) -> tuple[str, ...]:

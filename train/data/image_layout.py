@@ -1,17 +1,15 @@
-"""How an image becomes the model's input: patches at its native resolution, several images to a row, or tiles.
+"""Sizes and cuts of an image: patches at its native resolution, or tiles.
 
-Native resolution is Qwen2-VL's (Wang et al. 2024, arXiv:2409.12191, section 2.1); rows of whole images are Patch n'
-Pack (NaViT, Dehghani et al. 2023, arXiv:2307.06304, section 2.1); tiles are LLaVA-NeXT's any resolution (Liu et al.
-2024; select_best_resolution in its llava/mm_utils.py).
+Native resolution is Qwen2-VL's (Wang et al. 2024, arXiv:2409.12191, section 2.1); tiles are LLaVA-NeXT's any resolution
+(Liu et al. 2024; select_best_resolution in its llava/mm_utils.py).
 
-Legend: H, W height and width in pixels, h, w in patches, C channels, M patches per row, D = patch * patch * C.
+Legend: H, W height and width in pixels, h, w in patches, C channels.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import NamedTuple
 
 import numpy as np
 
@@ -65,63 +63,6 @@ def patches(image: np.ndarray, patch: int) -> tuple[np.ndarray, Grid]:
     h, w = H // patch, W // patch
     cut = image.reshape(h, patch, w, patch, C).swapaxes(1, 2)
     return cut.reshape(h * w, patch * patch * C), (h, w)
-
-
-def from_patches(array: np.ndarray, grid: Grid, patch: int) -> np.ndarray:
-    """The inverse of `patches`: [h * w, patch * patch * C] to [H, W, C]. Raises UserError where sizes do not agree."""
-    h, w = grid
-    if array.ndim != 2 or len(array) != h * w or array.shape[1] % patch**2:
-        raise UserError(f"patches={list(array.shape)}: must be [{h * w}, a multiple of {patch**2}] for grid={grid}")
-    return array.reshape(h, w, patch, patch, -1).swapaxes(1, 2).reshape(h * patch, w * patch, -1)
-
-
-class Packed(NamedTuple):
-    """Rows of M patches, of whole images."""
-
-    patches: np.ndarray  # [rows, M, D], zero where there is none
-    positions: np.ndarray  # [rows, M, 2] int32, row and column of the patch in its image
-    segments: np.ndarray  # [rows, M] int32, the image's number in its row from 1; 0 where there is no patch
-    images: tuple[tuple[int, ...], ...]  # per row, which of the given images it holds, in order
-
-
-def pack(images: Sequence[tuple[np.ndarray, Grid]], length: int) -> Packed:
-    """Packs images, as `patches` gives them, into rows of `length` patches: each into the first row with room left.
-
-    No image is split. Raises UserError for one that is larger than a row, and for patches that are not alike.
-    """
-    if not images:
-        raise UserError("images=[]: there is nothing to pack")
-    rows: list[list[int]] = []
-    used: list[int] = []
-    first = images[0][0]
-    for number, (array, (h, w)) in enumerate(images):
-        if array.ndim != 2 or len(array) != h * w or array.shape[1:] != first.shape[1:] or array.dtype != first.dtype:
-            given = f"images[{number}]={array.dtype} {list(array.shape)} of grid ({h}, {w})"
-            raise UserError(f"{given}: must be {first.dtype} [{h * w}, {first.shape[-1]}], as the first is")
-        if len(array) > length:
-            raise UserError(f"images[{number}] has {len(array)} patches, a row {length}; resize it or lengthen the row")
-        row = next((r for r, taken in enumerate(used) if taken + len(array) <= length), len(rows))
-        if row == len(rows):
-            rows.append([])
-            used.append(0)
-        rows[row].append(number)
-        used[row] += len(array)
-    packed = Packed(
-        np.zeros((len(rows), length, first.shape[1]), first.dtype),
-        np.zeros((len(rows), length, 2), np.int32),
-        np.zeros((len(rows), length), np.int32),
-        tuple(tuple(row) for row in rows),
-    )
-    for r, row in enumerate(rows):
-        start = 0
-        for segment, number in enumerate(row, start=1):
-            array, grid = images[number]
-            here = slice(start, start + len(array))
-            packed.patches[r, here] = array
-            packed.positions[r, here] = np.indices(grid).reshape(2, -1).T
-            packed.segments[r, here] = segment
-            start += len(array)
-    return packed
 
 
 def best_grid(height: int, width: int, grids: Sequence[Grid], tile: int) -> Grid:

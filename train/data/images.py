@@ -51,15 +51,6 @@ TURNS = {  # EXIF's orientation (2.3, tag 0x0112): what makes the image upright
 SIDE = 2**16 - 1  # pixels, JPEG's own limit: Pillow's time for one long line grows with its square
 ANIMATED = ("GIF", "PNG", "WEBP")  # pages of a TIFF have no times
 
-# Mean and standard deviation of the channels, of values in [0, 1].
-NORMALIZATIONS = {
-    # openai/CLIP, clip/clip.py; LLaVA, Flamingo and Qwen2-VL take over its tower or its numbers
-    "clip": ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)),
-    "imagenet": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),  # torchvision's models; SAM has them times 255
-    "half": ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5)),  # to [-1, 1]: google-research/vision_transformer, big_vision (SigLIP)
-    "none": ((0.0, 0.0, 0.0), (1.0, 1.0, 1.0)),
-}
-
 
 @dataclasses.dataclass(frozen=True)
 class Limits:
@@ -112,28 +103,6 @@ def frames(
             _seek(image, first + index, limits, name)
             found[index] = _pixels(image)
         return [found[index] for index in chosen], [float(starts[index]) for index in chosen]
-
-
-def normalize(image: np.ndarray, name: str) -> np.ndarray:
-    """uint8 [..., 3] to float32 (image / 255 - mean) / deviation, with the numbers of NORMALIZATIONS[name]."""
-    mean, deviation = _normalization(name)
-    if image.dtype != np.uint8 or image.shape[-1:] != (3,):
-        raise UserError(f"image={image.dtype} {list(image.shape)}: normalize takes uint8 [..., 3]")
-    # One product and one sum: image / 255 need not exist.
-    return image * (1 / (255 * deviation)).astype(np.float32) - (mean / deviation).astype(np.float32)
-
-
-def denormalize(image: np.ndarray, name: str) -> np.ndarray:
-    """The inverse of `normalize`, for showing: float [..., 3] to uint8, rounded, and clipped where it lies outside."""
-    mean, deviation = _normalization(name)
-    return np.clip(np.rint((image * deviation + mean) * 255), 0, 255).astype(np.uint8)
-
-
-def _normalization(name: str) -> tuple[np.ndarray, np.ndarray]:
-    if name not in NORMALIZATIONS:
-        raise UserError(f"normalization={name!r}: unknown; valid: {', '.join(NORMALIZATIONS)}")
-    mean, deviation = NORMALIZATIONS[name]
-    return np.array(mean), np.array(deviation)
 
 
 # Opening

@@ -1,9 +1,7 @@
 """Resizing and fitting images [H, W, C] as the models' own training did.
 
-A resize is one matrix of weights per side, because it is separable: out = Y image X^T (Keys 1981 for the cubic kernel).
-With antialias the kernel widens with the ratio, as in Pillow and torch; uint8 is then left to Pillow itself, which is
-exact by definition and faster. Without, every output looks at the nearest two or four pixels, as torch's
-`F.interpolate(align_corners=False)`. "nearest" is the pixel under the centre (the later of two): Pillow's, and torch's
+A resize is one matrix of weights per side (model.interpolation). With antialias uint8 is left to Pillow itself, which
+is exact by definition and faster. "nearest" is the pixel under the centre (the later of two): Pillow's, and torch's
 "nearest-exact".
 
 Legend: H, W height and width given, h, w wanted, C channels.
@@ -17,6 +15,7 @@ from collections.abc import Sequence
 import numpy as np
 from PIL import Image
 
+from model.interpolation import antialiased, interpolated
 from tpu.errors import UserError
 
 METHODS = ("bicubic", "bilinear", "nearest")
@@ -37,7 +36,7 @@ def resize(image: np.ndarray, height: int, width: int, method: str = "bicubic", 
         return image[_nearest(H, height)][:, _nearest(W, width)]
     if image.dtype == np.uint8 and antialias:
         return _by_pillow(image, height, width, _PILLOW[method])
-    weights = _antialiased if antialias else _interpolated
+    weights = antialiased if antialias else interpolated
     rows, columns = weights(H, height, method), weights(W, width, method)
     out = (rows @ image.astype(np.float32).reshape(H, W * C)).reshape(height, W, C)
     out = np.matmul(columns, out)  # [w, W] x [h, W, C]
@@ -103,42 +102,6 @@ def _by_pillow(image: np.ndarray, height: int, width: int, kernel: Image.Resampl
     return resized(image) if C == 3 else np.stack([resized(image[..., c]) for c in range(C)], axis=-1)
 
 
-# Weights of one side: [out, in], each row sums to 1
-
-
 def _nearest(size: int, out: int) -> np.ndarray:
     """floor((i + 1/2) size / out), in integers."""
     return (2 * np.arange(out) + 1) * size // (2 * out)
-
-
-def _cubic(distance: np.ndarray, a: float) -> np.ndarray:
-    """Keys' kernel ("Cubic convolution interpolation for digital image processing", 1981, equation 4)."""
-    x = np.abs(distance)
-    near = ((a + 2) * x - (a + 3)) * x * x + 1
-    far = ((x - 5) * x + 8) * x * a - 4 * a
-    return np.where(x < 1, near, np.where(x < 2, far, 0.0))
-
-
-def _linear(distance: np.ndarray) -> np.ndarray:
-    return np.maximum(0.0, 1 - np.abs(distance))
-
-
-def _antialiased(size: int, out: int, method: str) -> np.ndarray:
-    """The kernel around each output's centre, as wide as the output's own pixel is; what lies outside is left out."""
-    scale = size / out
-    distance = (np.arange(size) + 0.5 - scale * (np.arange(out) + 0.5)[:, None]) / max(scale, 1.0)
-    weights = _cubic(distance, -0.5) if method == "bicubic" else _linear(distance)
-    return (weights / weights.sum(1, keepdims=True)).astype(np.float32)
-
-
-def _interpolated(size: int, out: int, method: str) -> np.ndarray:
-    """Two or four pixels around each output's centre; those outside are the border's."""
-    centres = size / out * (np.arange(out) + 0.5) - 0.5
-    taps = np.arange(-1, 3) if method == "bicubic" else np.arange(2)
-    near = np.floor(centres)[:, None] + taps
-    distance = centres[:, None] - near
-    weights = np.zeros((out, size))
-    kernel = _cubic(distance, -0.75) if method == "bicubic" else _linear(distance)
-    columns = np.clip(near, 0, size - 1).astype(int)
-    np.add.at(weights, (np.arange(out)[:, None], columns), kernel)
-    return weights.astype(np.float32)

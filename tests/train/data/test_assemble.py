@@ -6,7 +6,7 @@ import dataclasses
 
 import numpy as np
 import pytest
-from hypothesis import assume, given
+from hypothesis import given
 from hypothesis import strategies as st
 
 from tpu.errors import UserError
@@ -16,12 +16,16 @@ from train.data.tokenizer import ByteTokenizer
 
 TOKENIZER = ByteTokenizer()
 END = TOKENIZER.end_of_document
-PLAIN = Assembly(context=64, images=4, vectors=3, user_format="{}\n", assistant_format="{}")
+PLAIN = Assembly(context=64, user_format="{}\n", assistant_format="{}")
 
 
 def conversation(*turns: tuple[str, str], times: tuple[float, ...] = ()) -> Conversation:
     images = sum(text.count(IMAGE) for _, text in turns)
     return Conversation("record 7", tuple(Turn(*turn) for turn in turns), (b"",) * images, times)
+
+
+def tokens_of(record: Conversation, vectors: int = 3, assembly: Assembly = PLAIN, answer: bool = True) -> Tokens:
+    return tokenize(record, (vectors,) * len(record.images), TOKENIZER, assembly, answer)
 
 
 def said(tokens: Tokens) -> str:
@@ -34,10 +38,8 @@ def said(tokens: Tokens) -> str:
 
 
 def test_a_conversation_with_two_images_and_two_answers():
-    tokens = tokenize(
-        conversation(("user", f"a{IMAGE}b"), ("assistant", "cd"), ("user", f"{IMAGE}e"), ("assistant", "f")),
-        TOKENIZER,
-        PLAIN,
+    tokens = tokens_of(
+        conversation(("user", f"a{IMAGE}b"), ("assistant", "cd"), ("user", f"{IMAGE}e"), ("assistant", "f"))
     )
     assert said(tokens) == "|a***b\ncd|***e\nf|"
     assert [s for s in tokens.slots if s >= 0] == [0, 1, 2, 3, 4, 5]
@@ -47,7 +49,7 @@ def test_a_conversation_with_two_images_and_two_answers():
 
 
 def test_the_row_of_it():
-    tokens = tokenize(conversation(("user", f"{IMAGE}q"), ("assistant", "yes")), TOKENIZER, PLAIN)
+    tokens = tokens_of(conversation(("user", f"{IMAGE}q"), ("assistant", "yes")))
     row = row_fields(tokens, PLAIN)
     count = len(tokens.ids) - 1
     assert all(array.shape == (64,) for array in row.values())
@@ -62,27 +64,21 @@ def test_the_row_of_it():
 
 
 def test_images_that_take_no_tokens_are_seen_by_what_follows():
-    tokens = tokenize(
-        conversation(("user", f"a{IMAGE}b{IMAGE}"), ("assistant", "c")),
-        TOKENIZER,
-        dataclasses.replace(PLAIN, vectors=0),
-    )
+    tokens = tokens_of(conversation(("user", f"a{IMAGE}b{IMAGE}"), ("assistant", "c")), vectors=0)
     assert said(tokens) == "|ab\nc|"
     assert tokens.seen == [0, 0, 1, 2, 2, 2]
 
 
 def test_frames_have_their_times_before_them():
-    tokens = tokenize(
-        conversation(("user", f"{IMAGE}{IMAGE}what?"), ("assistant", "up"), times=(0.0, 0.5)), TOKENIZER, PLAIN
-    )
+    tokens = tokens_of(conversation(("user", f"{IMAGE}{IMAGE}what?"), ("assistant", "up"), times=(0.0, 0.5)))
     assert said(tokens) == "|0 s:***0.5 s:***what?\nup|"
 
 
 def test_formats_stand_around_the_text_and_are_given():
     assembly = dataclasses.replace(PLAIN, user_format="Q: {} ", assistant_format="A: {}!")
-    tokens = tokenize(conversation(("user", f"{IMAGE}x"), ("assistant", "y")), TOKENIZER, assembly)
+    tokens = tokens_of(conversation(("user", f"{IMAGE}x"), ("assistant", "y")), assembly=assembly)
     assert said(tokens) == "|Q: ***x A: y!|"
-    prompt = tokenize(conversation(("user", f"{IMAGE}x"), ("assistant", "y")), TOKENIZER, assembly, answer=False)
+    prompt = tokens_of(conversation(("user", f"{IMAGE}x"), ("assistant", "y")), assembly=assembly, answer=False)
     assert said(prompt) == "|Q: ***x A: "
 
 
@@ -100,15 +96,14 @@ def conversations(draw: st.DrawFn) -> Conversation:
 
 @given(conversations(), st.integers(0, 4), st.integers(4, 60))
 def test_any_conversation_is_whole_cut_in_its_text_or_refused(record, vectors, context):
-    assume(len(record.images) <= 4)
-    assembly = Assembly(context, 4, vectors, "{}\n", "{}")
-    whole = tokenize(record, TOKENIZER, dataclasses.replace(assembly, context=10_000))
+    assembly = Assembly(context, "{}\n", "{}")
+    whole = tokens_of(record, vectors, dataclasses.replace(assembly, context=10_000))
     first = whole.learned.index(True)
     if first > context or (vectors and any(slot >= 0 for slot in whole.slots[context + 1 :])):
         with pytest.raises(UserError, match=rf"record 7: .* data.context={context}"):
-            tokenize(record, TOKENIZER, assembly)
+            tokens_of(record, vectors, assembly)
         return
-    tokens = tokenize(record, TOKENIZER, assembly)
+    tokens = tokens_of(record, vectors, assembly)
     assert len(tokens.ids) <= context + 1
     assert tokens.cut == (len(whole.ids) > context + 1)
     assert tuple(part[: len(tokens.ids)] for part in whole[:4]) == tuple(tokens[:4])
@@ -122,31 +117,34 @@ def test_any_conversation_is_whole_cut_in_its_text_or_refused(record, vectors, c
 
 @given(conversations(), st.integers(0, 4))
 def test_a_prompt_is_the_beginning_of_its_row(record, vectors):
-    assume(len(record.images) <= 4)
-    assembly = Assembly(1000, 4, vectors, "{}\n", "{}")
-    row, prompt = (tokenize(record, TOKENIZER, assembly, answer) for answer in (True, False))
+    assembly = Assembly(1000, "{}\n", "{}")
+    row, prompt = (tokens_of(record, vectors, assembly, answer) for answer in (True, False))
     assert tuple(part[: len(prompt.ids)] for part in row[:4]) == tuple(prompt[:4])
     rest = TOKENIZER.encode(record.turns[-1].text)
     assert row.ids[len(prompt.ids) :] == [*rest, END]
 
 
 def test_placeholders_and_images_are_counted():
-    wrong = conversation(("user", f"{IMAGE}{IMAGE}?"), ("assistant", "a"))._replace(images=(b"",))
+    record = conversation(("user", f"{IMAGE}{IMAGE}?"), ("assistant", "a"))
     with pytest.raises(UserError, match=r"record 7: 2 <image> in the text, 1 images"):
-        tokenize(wrong, TOKENIZER, PLAIN)
-    many = conversation(("user", IMAGE * 5), ("assistant", "a"))
-    with pytest.raises(UserError, match=r"5 images; a row holds data.images=4"):
-        tokenize(many, TOKENIZER, PLAIN)
+        tokenize(record, (3,), TOKENIZER, PLAIN)
+
+
+def test_images_of_several_sizes_take_as_many_tokens_as_they_have_vectors():
+    record = conversation(("user", f"{IMAGE}a{IMAGE}"), ("assistant", "b"))
+    tokens = tokenize(record, (2, 5), TOKENIZER, PLAIN)
+    assert said(tokens) == "|**a*****\nb|"
+    assert [slot for slot in tokens.slots if slot >= 0] == list(range(7))
 
 
 def test_a_prompt_is_not_cut():
     long = conversation(("user", f"{IMAGE}" + "x" * 70), ("assistant", "a"))
     with pytest.raises(UserError, match=r"take 75 tokens; data.context=64"):
-        tokenize(long, TOKENIZER, PLAIN, answer=False)
+        tokens_of(long, answer=False)
 
 
 def test_padding_is_nobodys():
-    row = row_fields(tokenize(conversation(("user", "q"), ("assistant", "a")), TOKENIZER, PLAIN), PLAIN)
+    row = row_fields(tokens_of(conversation(("user", "q"), ("assistant", "a"))), PLAIN)
     padding = row["segments"] == 0
     assert padding.sum() == 64 - 4
     for name, fill in (("image_slots", -1), ("loss_weights", 0), ("given", 0), ("positions", 0)):

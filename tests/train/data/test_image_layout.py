@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tpu.errors import UserError
-from train.data.image_layout import best_grid, from_patches, pack, patches, smart_resize, tiles
+from train.data.image_layout import best_grid, patches, smart_resize, tiles
 from train.data.resize import fit, padded_size
 
 SIDE = st.integers(1, 6000)
@@ -134,7 +134,8 @@ def test_patches_lose_nothing(h, w, patch, channels, dtype):
     image = noise(h * patch, w * patch, channels).astype(dtype)
     array, grid = patches(image, patch)
     assert array.dtype == dtype
-    np.testing.assert_array_equal(from_patches(array, grid, patch), image)
+    back = array.reshape(*grid, patch, patch, -1).swapaxes(1, 2).reshape(image.shape)
+    np.testing.assert_array_equal(back, image)
 
 
 @pytest.mark.parametrize(
@@ -144,72 +145,11 @@ def test_patches_lose_nothing(h, w, patch, channels, dtype):
         (lambda: patches(noise(6, 8), 2), r"patch=2.*\[6, 8\]"),
         (lambda: patches(noise(0, 8, 3), 2), r"\[0, 8, 3\]"),
         (lambda: patches(noise(6, 8, 3), 0), "patch=0"),
-        (lambda: from_patches(noise(5, 12), (2, 3), 2), r"patches=\[5, 12\].*\[6, a multiple of 4\].*\(2, 3\)"),
-        (lambda: from_patches(noise(6, 13), (2, 3), 2), r"\[6, 13\]"),
     ],
 )
 def test_patches_refuse_what_does_not_divide(call, words):
     with pytest.raises(UserError, match=words):
         call()
-
-
-# Packing
-
-SHAPES = st.lists(st.tuples(st.integers(1, 4), st.integers(1, 4)), min_size=1, max_size=12)
-
-
-def first_fit(sizes, length):
-    """The reference: rows as lists of image numbers."""
-    rows = []
-    for number, size in enumerate(sizes):
-        for row in rows:
-            if sum(sizes[n] for n in row) + size <= length:
-                row.append(number)
-                break
-        else:
-            rows.append([number])
-    return rows
-
-
-@settings(max_examples=200)
-@given(shapes=SHAPES, length=st.integers(16, 40))
-def test_packing_loses_nothing_and_splits_no_image(shapes, length):
-    images = [patches(noise(2 * h, 2 * w, 3, seed=n), 2) for n, (h, w) in enumerate(shapes)]
-    packed = pack(images, length)
-    assert [list(row) for row in packed.images] == first_fit([h * w for h, w in shapes], length)
-    rows = len(packed.images)
-    assert (packed.patches.shape, packed.patches.dtype) == ((rows, length, 12), np.uint8)
-    assert (packed.positions.shape, packed.positions.dtype) == ((rows, length, 2), np.int32)
-    assert (packed.segments.shape, packed.segments.dtype) == ((rows, length), np.int32)
-    for r, row in enumerate(packed.images):
-        # Segments count up from 1 without gaps, then padding, which is zero everywhere.
-        present = packed.segments[r][packed.segments[r] > 0]
-        assert (np.diff(packed.segments[r][: len(present)]) >= 0).all()
-        assert not packed.segments[r][len(present) :].any()
-        assert not packed.patches[r][len(present) :].any()
-        assert not packed.positions[r][len(present) :].any()
-        assert sorted(set(present.tolist())) == list(range(1, len(row) + 1))
-        for segment, number in enumerate(row, start=1):
-            here = packed.segments[r] == segment
-            array, (h, w) = images[number]
-            # The image is put together again by its positions alone.
-            again = np.full((h, w, 12), 77, np.int64)
-            again[tuple(packed.positions[r][here].T)] = packed.patches[r][here]
-            np.testing.assert_array_equal(again.reshape(h * w, 12), array)
-            assert here.sum() == h * w
-
-
-def test_packing_refuses():
-    small, large = patches(noise(4, 4, 3), 2), patches(noise(8, 10, 3), 2)
-    with pytest.raises(UserError, match=r"images\[1\] has 20 patches, a row 19"):
-        pack([small, large], 19)
-    assert pack([small, large], 20).images == ((0,), (1,))
-    with pytest.raises(UserError, match=r"images\[1\]=float32.*uint8 \[4, 12\]"):
-        pack([small, (small[0].astype(np.float32), (2, 2))], 20)
-    with pytest.raises(UserError, match=r"images\[1\]=uint8 \[4, 12\] of grid \(2, 3\)"):
-        pack([small, (small[0], (2, 3))], 20)
-    with pytest.raises(UserError, match="nothing to pack"):
-        pack([], 20)
 
 
 # Tiles

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from tpu.errors import UserError
-from train.data.images import NORMALIZATIONS, Limits, decode, denormalize, frames, normalize
+from train.data.images import Limits, decode, frames
 
 LOSSLESS = ("PNG", "BMP", "TIFF", "WEBP")
 FORMATS = (*LOSSLESS, "GIF", "JPEG")
@@ -529,35 +529,3 @@ def test_a_frame_larger_than_the_file_says_is_refused():
     file = header + frame % struct.pack("<HH", 1, 1) + frame % struct.pack("<HH", 11000, 11000) + b";"
     assert decode(file).shape == (1, 1, 3)
     assert "11000 x 11000 pixels" in refusal(file, 2, call=frames)
-
-
-# Numbers
-
-
-@pytest.mark.parametrize("name", NORMALIZATIONS)
-def test_normalizing_is_the_formula_and_back(name):
-    every = np.repeat(np.arange(256, dtype=np.uint8)[:, None], 3, axis=1).reshape(16, 16, 3)
-    mean, deviation = NORMALIZATIONS[name]
-    found = normalize(every, name)
-    assert found.dtype == np.float32
-    np.testing.assert_allclose(found, (every / 255 - mean) / deviation, atol=1e-6)
-    np.testing.assert_array_equal(denormalize(found, name), every)
-
-
-def test_known_normalizations():
-    ends = np.array([[0] * 3, [255] * 3], np.uint8)
-    np.testing.assert_allclose(normalize(ends, "half"), [[-1] * 3, [1] * 3], atol=1e-6)
-    np.testing.assert_allclose(normalize(ends, "none"), [[0] * 3, [1] * 3], atol=1e-6)
-    np.testing.assert_allclose(normalize(ends, "imagenet")[0], [-2.117904, -2.035714, -1.804444], atol=1e-5)
-    np.testing.assert_allclose(normalize(ends, "clip")[1], [1.930336, 2.074884, 2.145897], atol=1e-5)
-    assert denormalize(np.array([[-9.0, 0.0, 9.0]]), "half").tolist() == [[0, 128, 255]]
-
-
-def test_normalizing_refuses():
-    image = picture()
-    with pytest.raises(UserError, match=r"normalization='vgg'.*clip, imagenet, half, none"):
-        normalize(image, "vgg")
-    with pytest.raises(UserError, match=r"image=float32 \[24, 36, 3\].*uint8"):
-        normalize(image.astype(np.float32), "clip")
-    with pytest.raises(UserError, match=r"\[24, 36, 2\]"):
-        normalize(image[..., :2], "clip")
