@@ -1,11 +1,14 @@
-# Two commands: `make quickstart` sets up everything and trains; `make test` sets up everything and tests.
+# Three commands, each of which sets up all that it needs: `make quickstart` trains a text model, `make sight` one that
+# sees, `make test` tests.
 
 PYTHON ?= python3
 VENV ?= .venv
 WORKDIR ?= runs/quickstart
+SIGHT ?= runs/sight
 BIN := $(VENV)/bin
+TRAIN_SIGHT = $(BIN)/python -m train.pretrain --config=configs/sight_quickstart.py
 
-.PHONY: quickstart test clean
+.PHONY: quickstart sight test clean
 
 quickstart: $(VENV)/.installed
 	$(BIN)/python -m train.pretrain --config=configs/quickstart.py --workdir=$(WORKDIR)
@@ -16,6 +19,13 @@ quickstart: $(VENV)/.installed
 	@echo "  $(BIN)/python -m serve.generate --checkpoint=$(WORKDIR) --prompt='The with statement'"
 	@echo "To train on for as long again:"
 	@echo "  $(BIN)/python -m train.pretrain --config=configs/quickstart.py --workdir=$(WORKDIR) --config.run.steps=900"
+
+sight: $(VENV)/.installed
+	$(TRAIN_SIGHT):text --workdir=$(SIGHT)/text
+	$(TRAIN_SIGHT):align --workdir=$(SIGHT)/align --config.run.start="('$(SIGHT)/text',)"
+	$(TRAIN_SIGHT):captions --workdir=$(SIGHT)/captions --config.run.start="('$(SIGHT)/align',)"
+	$(TRAIN_SIGHT):questions --workdir=$(SIGHT)/questions --config.run.start="('$(SIGHT)/captions',)"
+	$(BIN)/python -m train.evaluate --checkpoint=$(SIGHT)/questions --page=$(SIGHT)/answers.html --json=$(SIGHT)/answers.json
 
 test: $(VENV)/.installed-test
 	$(BIN)/python -m ruff check --no-cache .

@@ -57,7 +57,7 @@ def open_source(name: str, data: DataConfig, size: int) -> ConversationSource:
             return Side(length, lambda index: made.make(name, 0, split, index, size))
 
         held_out = side("test", MADE_HELD_OUT if data.holdout else 0)
-        return ConversationSource(name, side("train", MADE_TRAIN), held_out, f"made:{size}")
+        return ConversationSource(name, side("train", MADE_TRAIN), held_out, made.digest())
     found = image_text.open_source(name, data, image_field=data.image_field, text_field=data.caption_field)
     numbers: dict[bool, list[int]] = {False: [], True: []}
     for index in range(len(found)):

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
+from pathlib import Path
+
 from tpu.errors import UserError
 from train.data import charts, clips, scenes, words
 from train.data.conversation import Conversation
@@ -20,6 +23,14 @@ def make(name: str, seed: int, split: str, index: int, size: int = 64) -> Conver
         raise UserError(f"source={name!r}: nothing of that name is made here; valid: {', '.join(NAMES)}")
     room, _, task = name.partition(":")
     return MAKERS[room].make(task, seed, split, index, size)
+
+
+def digest() -> str:
+    """A hash of the code that makes records, which are a function of it and their numbers alone."""
+    content = hashlib.blake2b(digest_size=16)
+    for module in (*MAKERS, "drawing"):
+        content.update(Path(__file__).with_name(f"{module}.py").read_bytes())
+    return content.hexdigest()
 
 
 def answer(text: str) -> str:

@@ -1,6 +1,7 @@
 """Sources: what `data.sources` may name, read as a stream of documents in a fixed order.
 
 python_docs                                  the manual and library of the running Python
+scenes:caption and others                    what is said in data made here, without its pictures (train.data.made)
 PATTERN.txt .jsonl .parquet .array_record    files by glob ("**" goes into folders)
 tfds:NAME, tfds:NAME:SPLIT                   TensorFlow Datasets with random access (no TensorFlow needed)
 """
@@ -19,10 +20,12 @@ from typing import Any, NamedTuple
 
 from tpu.errors import UserError
 from train.config import DataConfig
-from train.data import python_docs
+from train.data import made, python_docs
+from train.data.conversation import IMAGE
 
 SUFFIXES = (".txt", ".jsonl", ".parquet", ".array_record")
 PIECE_BYTES = 32 * 1024  # a longer .txt file is cut into documents of about this size
+MADE_TEXTS = 10_000  # documents of a source that is made here
 BATCH_RECORDS = 1000  # records read at a time
 
 
@@ -50,6 +53,8 @@ def source_digest(source: str, data: DataConfig) -> str:
     """A hash that changes with the source's content. Of files it sees path, size and time, so it need not read them."""
     if source == "python_docs":
         return python_docs.digest()
+    if source in made.NAMES:
+        return made.digest()
     if source.startswith("tfds:"):
         paths = sorted(str(p) for p in Path(_tfds_builder(source, data).data_path).iterdir())
     else:
@@ -87,6 +92,10 @@ def is_held_out(key: str, holdout: float) -> bool:
 def _read(source: str, data: DataConfig, counts: Counter[str]) -> Iterator[Document]:
     if source == "python_docs":
         yield from (Document(key, text) for key, text in python_docs.texts(counts))
+    elif source in made.NAMES:
+        for index in range(MADE_TEXTS):
+            turns = made.make(source, 0, "train", index).turns
+            yield Document(f"{source} {index}", "\n".join(turn.text.replace(IMAGE, "") for turn in turns))
     elif source.startswith("tfds:"):
         yield from _by_text(_tfds_records(source, data), data, counts)
     else:
@@ -109,7 +118,8 @@ def _read(source: str, data: DataConfig, counts: Counter[str]) -> Iterator[Docum
 def _paths(pattern: str) -> list[str]:
     paths = sorted(p for p in glob.glob(os.path.expanduser(pattern), recursive=True) if os.path.isfile(p))
     if not paths:
-        raise UserError(f"data.sources: {pattern!r} matches no file; valid: python_docs, a glob of files, tfds:NAME")
+        valid = f"python_docs, a glob of files, tfds:NAME, {', '.join(made.NAMES)}"
+        raise UserError(f"data.sources: {pattern!r} matches no file; valid: {valid}")
     for path in paths:
         if not path.endswith(SUFFIXES):
             raise UserError(f"data.sources: {path}: unknown kind of file; valid: {', '.join(SUFFIXES)}")

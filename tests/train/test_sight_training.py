@@ -1,0 +1,327 @@
+"""Models that see, trained through the whole path: sources, stages, frozen weights, answers, commands."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+from PIL import Image
+
+from model.config import ModelConfig
+from model.vision_config import VisionConfig
+from tpu.errors import UserError
+from train import answers
+from train.config import DataConfig, Experiment, MeshConfig, ObjectiveConfig, OptimizerConfig, RunConfig
+from train.data import made, pipeline
+from train.data.tokenizer import ByteTokenizer
+from train.restore import open_checkpoint
+from train.retrieval import class_vectors, embedders, recall_at, zero_shot
+from train.sight_report import figures, page
+from train.signals import Stop
+from train.step import frozen_mask
+from train.workdir import Workdir
+
+ROOT = Path(__file__).parents[2]
+VIT = {"encoder": "vit", "image_size": 32, "patch_size": 16, "layers": 1, "embed_dim": 16, "heads": 2}
+
+
+def experiment(fusion: str = "merge", **branches: dict[str, Any]) -> Experiment:
+    vision = VisionConfig(**VIT, connections=1, connection_heads=2) if fusion != "none" else VisionConfig()
+    base = Experiment(
+        name="tiny",
+        model=ModelConfig(vocab_size=257, layers=2, embed_dim=16, heads=2, fusion=fusion, vision=vision),
+        data=DataConfig(sources=("scenes:question",), tokenizer="bytes", bpe_vocab_size=257, context=96, batch_size=8),
+        objective=ObjectiveConfig(name="conversation"),
+        optimizer=OptimizerConfig(learning_rate=1e-2, schedule="constant", warmup_steps=1),
+        mesh=MeshConfig(data=-1),
+        run=RunConfig(steps=3, eval_every=0, eval_batches=1, save_every=0, log_every=1, tensorboard=False),
+    )
+    parts = {name: dataclasses.replace(getattr(base, name), **fields) for name, fields in branches.items()}
+    return dataclasses.replace(base, **parts)
+
+
+def trained(given: Experiment, workdir: Path) -> Path:
+    from train.pretrain import pretrain
+
+    with Stop() as stop:
+        assert pretrain(given.resolved(), Workdir(workdir), stop) == 0
+    return workdir
+
+
+@pytest.fixture(scope="module")
+def merge(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return trained(experiment(), tmp_path_factory.mktemp("merge") / "run")
+
+
+def leaves(workdir: Path) -> dict[str, np.ndarray]:
+    weights = open_checkpoint(workdir).weights
+    return {
+        jax.tree_util.keystr(path, simple=True, separator="."): np.asarray(leaf)
+        for path, leaf in jax.tree_util.tree_leaves_with_path(weights)
+    }
+
+
+# Stages
+
+
+@pytest.mark.parametrize("rule", ["adamw", "muon"])
+def test_frozen_weights_stay_bitwise_and_the_others_move(rule, merge, tmp_path):
+    frozen = (r"^(embedding|stack|final_norm)\b",)
+    given = experiment(optimizer={"name": rule, "frozen": frozen}, run={"start": (str(merge),)})
+    before, after = leaves(merge), leaves(trained(given, tmp_path / "run"))
+    for path, weight in after.items():
+        still = path.startswith(("embedding", "stack", "final_norm"))
+        assert np.array_equal(weight, before[path]) == still, path
+
+
+def test_weights_are_taken_over_where_path_and_shape_agree(merge, tmp_path, capsys):
+    words = {"data": {"sources": ("words:read",)}, "objective": {"name": "next_token"}, "run": {"steps": 1}}
+    text = trained(experiment("none", **words), tmp_path / "text")
+    other = leaves(text)
+    run = {"start": (str(text), str(merge)), "steps": 1}
+    started = leaves(trained(experiment(run=run, optimizer={"learning_rate": 0.0}), tmp_path / "both"))
+    seeing = leaves(merge)
+    for path, weight in started.items():
+        wanted = other[path] if path in other else seeing[path]  # the first that has one
+        assert np.array_equal(weight, wanted), path
+    assert "starting with" in capsys.readouterr().out
+
+
+def test_a_text_model_is_refused_pictures(tmp_path):
+    corpus = pipeline.load(experiment("none").resolved().data, objective="conversation", model=ModelConfig().resolved())
+    with pytest.raises(UserError, match=r"none of the .* records can be read|could not be read|cannot see"):
+        corpus.train[0][0]
+
+
+def test_what_freezes_nothing_or_all_is_refused(one_device):
+    weights = {"stack": {"kernel": 0}, "head": {"kernel": 0}}
+    assert frozen_mask(weights, ("^stack",)) == {"stack": {"kernel": True}, "head": {"kernel": False}}
+    with pytest.raises(UserError, match=r"optimizer.frozen: 'tower' is found in no weight"):
+        frozen_mask(weights, ("tower",))
+    with pytest.raises(UserError, match="freezes every weight"):
+        frozen_mask(weights, ("kernel",))
+    with pytest.raises(UserError, match="no regular expression"):
+        experiment(optimizer={"frozen": ("(",)}).resolved()
+
+
+# Rows
+
+
+@pytest.mark.parametrize("source", [name for name in made.NAMES if not name.startswith(("charts", "words"))])
+def test_what_is_made_here_becomes_batches(source):
+    given = experiment(data={"sources": (source,), "context": 256, "images": 4}).resolved()
+    corpus = pipeline.load(given.data, objective="conversation", model=given.model)
+    batches = pipeline.train_batches(corpus, given.data, seed=0)
+    batch = next(batches)
+    batches.close()
+    assert batch.images.shape == (8, 4, 32, 32, 3)
+    assert batch.images.dtype == np.uint8
+    counts = batch.image_segments.sum(1)
+    np.testing.assert_array_equal((batch.image_slots >= 0).sum(1), counts * given.model.vision.vectors)
+    np.testing.assert_array_equal(batch.images_seen.max(1), counts)
+    learned = ByteTokenizer().decode([int(t) for t in batch.targets[0][batch.loss_weights[0] > 0] if t < 256])
+    assert learned.isprintable()
+    assert learned
+
+
+def test_rows_depend_on_seed_and_step_alone():
+    given = experiment().resolved()
+    corpus = pipeline.load(given.data, objective="conversation", model=given.model)
+
+    def batch(start: int, skip: int) -> Any:
+        batches = pipeline.train_batches(corpus, given.data, 3, start)
+        found = [next(batches) for _ in range(skip + 1)][-1]
+        batches.close()
+        return found
+
+    for one, two in zip(batch(2, 0), batch(0, 2), strict=True):
+        assert one is two is None or np.array_equal(one, two)
+
+
+def test_bad_records_are_counted_left_out_and_too_many_refused(tmp_path, caplog):
+    folder = tmp_path / "data"
+    folder.mkdir()
+    for number in range(40):
+        Image.fromarray(np.full((8, 8, 3), 6 * number, np.uint8)).save(folder / f"{number}.png")
+
+    def write(bad: set[int]) -> DataConfig:
+        lines = [
+            json.dumps(
+                {
+                    "id": f"{number}",
+                    "image": f"{number}.png",
+                    "conversations": [
+                        {"from": "human", "value": ("<image>" * (2 if number in bad else 1)) + "what?"},
+                        {"from": "gpt", "value": "grey"},
+                    ],
+                }
+            )
+            for number in range(40)
+        ]
+        (folder / "a.jsonl").write_text("\n".join(lines) + "\n")
+        return dataclasses.replace(experiment().data, sources=(f"{folder}/a.jsonl",), holdout=0.0, max_bad_fraction=0.0)
+
+    (folder / "3.png").write_bytes((folder / "3.png").read_bytes()[:40])
+    model = experiment().resolved().model
+    corpus = pipeline.load(write({5, 7}), objective="conversation", model=model)
+    with caplog.at_level("WARNING"):
+        rows = [corpus.train[0][index] for index in range(len(corpus.train[0]))]
+    assert all(row.loss_weights.sum() == 5 for row in rows)
+    said = " ".join(caplog.messages)
+    assert "2 <image> in the text and 1 images" in said
+    assert "3.png" in said or "line 4" in said
+    corpus = pipeline.load(write(set(range(20))), objective="conversation", model=model)
+    with pytest.raises(UserError, match="max_bad_fraction"):
+        list(map(corpus.train[0].__getitem__, range(len(corpus.train[0]))))
+
+
+# Answers
+
+
+def test_answers_are_those_of_the_uncached_model(merge):
+    """What `replier` says, greedily through the cache, is the argmax of the plain forward pass, row by row."""
+    run = open_checkpoint(merge, compute_dtype="float32")
+    data, model = run.experiment.data, run.experiment.model
+    asked = [made.make("scenes:question", 0, "test", index, 32) for index in range(5)]
+    said = answers.replier(model, run.weights, run.tokenizer, data, 3, rows=4)(asked)
+    from model.attention import Place
+    from model.transformer import bind
+    from train.data.conversations import conversation_row
+
+    bound = bind(run.graphdef, run.weights)
+    for conversation, reply in zip(asked, said, strict=True):
+        text = ""
+        for _ in range(3):
+            turns = (conversation.turns[0], conversation.turns[1]._replace(text=text + "?"))
+            row = conversation_row(conversation._replace(turns=turns), run.tokenizer, data, model)
+            batch = jax.tree.map(lambda a: a[None], row)
+            images = answers.Images(
+                batch.images, batch.image_segments, batch.image_slots, batch.images_seen, batch.given
+            )
+            hidden, _ = bound(batch.tokens, Place(batch.segments, batch.positions), images=images)
+            at = int(np.flatnonzero(row.loss_weights)[0]) + len(text)
+            token = int(np.argmax(np.asarray(bound.head(hidden[0, at]))))
+            if token == run.tokenizer.end_of_document:
+                break
+            text += run.tokenizer.decode([token])
+        assert reply == text or "\ufffd" in reply + text
+
+
+def test_scores_and_controls():
+    asked = [made.make("scenes:question", 0, "test", index, 32) for index in range(60)]
+    right = [conversation.turns[-1].text for conversation in asked]
+    assert set(answers.accuracies(asked, right).values()) == {1.0}
+    assert answers.accuracies(asked, ["no idea"] * 60)["all"] == 0.0
+    mixed = answers.shuffled(asked)
+    assert [c.turns for c in mixed] == [c.turns for c in asked]
+    assert not any(np.array_equal(a.images[0], b.images[0]) for a, b in zip(mixed, asked, strict=True))
+    known = [made.make("scenes:question", 0, "train", index, 32) for index in range(2000)]
+    blind = answers.accuracies(asked, answers.blind_guesses(known, asked))
+    assert blind["all"] < 0.6
+
+
+def test_the_page_holds_all_that_it_shows(merge):
+    found, said = figures(open_checkpoint(merge), 12)
+    assert found["scenes:question"]["count"] == 12
+    assert {"answers", "shuffled", "blind"} <= found["scenes:question"].keys()
+    text = page("a <title>", found, said, 10)
+    assert text.count("<img") == 10
+    assert text.count("data:image/png;base64,") == 10
+    assert "a &lt;title&gt;" in text
+    assert "http" not in text
+
+
+# Contrastive models and classes
+
+
+def test_contrastive_training_and_retrieval(tmp_path):
+    vision = VisionConfig(**VIT, pool="mean", connector="none", projection_dim=8)
+    model = {"fusion": "contrastive", "vision": vision}
+    data = {"sources": ("scenes:caption",), "batch_size": 8}
+    given = experiment(model=model, data=data, objective={"name": "contrastive"}, run={"steps": 20})
+    run = open_checkpoint(trained(given, tmp_path / "run"))
+    see, read = embedders(run.experiment.model, run.weights, run.tokenizer, 96)
+    records = [made.make("scenes:caption", 0, "test", index, 32) for index in range(6)]
+    images, texts = see(np.stack([r.images[0] for r in records])), read([r.turns[-1].text for r in records])
+    np.testing.assert_allclose(np.linalg.norm(images, axis=1), 1, rtol=1e-5)
+    assert 0 <= recall_at(1, images, texts) <= recall_at(5, images, texts) <= recall_at(6, images, texts) == 1
+    classes = class_vectors(read, ["circle", "star"], ["a {}", "a picture of a {}"])
+    assert classes.shape == (2, 8)
+    assert set(zero_shot(images, classes)) <= {0, 1}
+
+
+def test_recall_counts_what_is_more_alike():
+    queries = np.eye(3)
+    assert recall_at(1, queries, queries) == 1.0
+    assert recall_at(1, queries, np.roll(queries, 1, axis=0)) == 0.0
+    half = np.array([[1.0, 0.0], [0.6, 0.8], [0.0, 1.0]])
+    assert recall_at(1, half, half[[1, 0, 2]]) == pytest.approx(1 / 3)
+
+
+def test_contrastive_rows_cannot_be_split():
+    vision = VisionConfig(**VIT, pool="mean", connector="none")
+    model = {"fusion": "contrastive", "vision": vision}
+    for field, branch in (
+        ("optimizer.accumulation=2", {"optimizer": {"accumulation": 2}}),
+        ("data.batch_size=1", {"data": {"batch_size": 1}}),
+    ):
+        with pytest.raises(UserError, match=field):
+            experiment(model=model, objective={"name": "contrastive"}, **branch).resolved()
+
+
+# Commands
+
+
+def command(module: str, *flags: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, "-m", module, *flags], cwd=ROOT, capture_output=True, text=True)
+
+
+def test_a_picture_on_the_command_line(merge, tmp_path):
+    path = tmp_path / "picture.png"
+    Image.fromarray(made.make("scenes:question", 0, "test", 0, 32).images[0]).save(path)
+    flags = (f"--checkpoint={merge}", "--prompt=What?", "--max_tokens=3")
+    done = command("serve.generate", *flags, f"--image={path}")
+    assert done.returncode == 0, done.stderr
+    for image, words in (
+        (tmp_path / "nowhere.png", "no such file"),
+        (ROOT / "setup.py", "no image"),
+    ):
+        done = command("serve.generate", *flags, f"--image={image}")
+        assert done.returncode == 2
+        assert words in done.stderr.splitlines()[-1]
+    done = command("serve.generate", f"--checkpoint={merge}", "--prompt=<image><image>?", f"--image={path}")
+    assert done.returncode == 2
+    assert "2 <image> in it, and 1 --image" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("fields", "words"),
+    [
+        ({"model": {"fusion": "blend"}}, "model.fusion='blend': valid: none, merge, cross, co, tangled, contrastive"),
+        ({"data": {"context": 3}}, "data.context=3: one image takes 4 tokens"),
+        ({"data": {"image_fit": "native"}}, "data.image_fit='native': needs"),
+        ({"data": {"image_fit": "stretch"}}, "data.image_fit='stretch': valid: squash"),
+        ({"data": {"user_format": "Q"}}, "data.user_format='Q': must hold {} once"),
+        ({"objective": {"name": "next_token"}}, "reads images in conversations"),
+        ({"objective": {"name": "contrastive"}}, "'contrastive' goes with 'contrastive'"),
+        ({"model": {"vision": VisionConfig()}}, "model.vision.encoder='none'"),
+        ({"model": {"fusion": "none"}}, "images reach nothing; set model.fusion"),
+    ],
+)
+def test_what_does_not_go_together_is_named(fields, words):
+    with pytest.raises(UserError) as error:
+        experiment(**fields).resolved()
+    assert words in str(error.value)
+
+
+def test_an_unknown_source_is_named():
+    given = experiment(data={"sources": ("scenes:poem",)}).resolved()
+    with pytest.raises(UserError, match=r"scenes:poem.*scenes:caption"):
+        pipeline.load(given.data, objective="conversation", model=given.model)
