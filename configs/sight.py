@@ -28,7 +28,7 @@ def get_config(argument: str = "merge,questions") -> Experiment:
         raise UserError(f"{argument!r}: valid: one of {', '.join(FUSIONS)}, a comma, one of {', '.join(STAGES)}")
     sources, weights, images, steps = STAGES[stage]
     return Experiment(
-        name=f"sight-{fusion}-{stage}",
+        name="sight",
         model=ModelConfig(
             vocab_size=512,
             layers=4,

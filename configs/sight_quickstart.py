@@ -32,7 +32,7 @@ def get_config(stage: str = "questions") -> Experiment:
     sources, weights, context, rows, steps, frozen = STAGES[stage]
     text = stage == "text"
     return Experiment(
-        name=f"sight-{stage}",
+        name="sight_quickstart",
         model=ModelConfig(
             vocab_size=1024,
             layers=4,

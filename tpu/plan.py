@@ -174,13 +174,13 @@ def verified(layout: Layout, arguments: list[str], topology: Topology, slices: i
 def row(layout: Layout, topology: Topology, slices: int) -> dict[str, Any]:
     """What arithmetic says of a layout, under the names that `tpu.compile --json` uses."""
     from model import kinds
-    from train.summary import flops_per_token
+    from train.summary import flops_per_token, shown
 
     found, experiment = layout.forecast, layout.experiment
     chip = topology.chip
     tokens = experiment.data.batch_size * experiment.data.context
     _, weights, _ = kinds.build(experiment.model)
-    useful = flops_per_token(experiment.model, weights, experiment.data.context) * tokens
+    useful = flops_per_token(experiment.model, weights, experiment.data.context, shown=shown(experiment)) * tokens
     hbm = chip.hbm_bytes // chip.devices
     return {
         "overrides": layout.flags,

@@ -19,7 +19,7 @@ from tpu.chips import Topology, smallest
 from tpu.hlo_counts import Counts, Kernel, count
 from tpu.roofline import collective_seconds, roofline, run_cost
 from train.config import Experiment
-from train.summary import flops_per_token, human_bytes, pipeline_bubble
+from train.summary import NOTHING_SHOWN, flops_per_token, human_bytes, pipeline_bubble, shown
 
 LARGEST = 8  # arguments, and temporary arrays, that a report names
 # Products of size tokens x tokens x head_dim in an attention kernel, by a word of its name; the first that fits counts.
@@ -102,7 +102,8 @@ def make_report(
         counts = count(module, *arrangement)
     _, weights, axes = kinds.build(experiment.model)
     # A forward pass is a third of a training step.
-    model_flops = flops_per_token(experiment.model, weights, context) * tokens // (1 if train else 3)
+    seen = shown(experiment) if train else NOTHING_SHOWN
+    model_flops = flops_per_token(experiment.model, weights, context, shown=seen) * tokens // (1 if train else 3)
     memory = {name: _bytes(tree) for name, tree in parts.items()}
     memory["arguments"] = sum(memory.values())
     if train:

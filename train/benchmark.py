@@ -99,7 +99,7 @@ def training_figures(experiment: Experiment, steps: int, started: float) -> dict
 
     from tpu.mesh import make_mesh
     from train.step import make_program
-    from train.summary import flops_per_token, parameter_counts
+    from train.summary import flops_per_token, parameter_counts, shown
 
     rows, tokens = experiment.data.batch_size, experiment.data.context
     batch = drawn_batch(experiment)
@@ -116,7 +116,7 @@ def training_figures(experiment: Experiment, steps: int, started: float) -> dict
             if len(seconds) == 1:
                 first = time.perf_counter() - started
     weights = program.abstract_state.weights
-    flops = flops_per_token(experiment.model, weights, tokens)
+    flops = flops_per_token(experiment.model, weights, tokens, shown=shown(experiment))
     step_seconds = statistics.median(seconds[WARM_UP_STEPS:])
     return {
         "parameters": parameter_counts(weights)["total"],

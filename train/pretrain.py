@@ -86,7 +86,7 @@ def pretrain(experiment: Experiment, workdir: Workdir, stop: Stop, base: Base | 
     from train.metrics import ConsoleProgress, MetricsWriter
     from train.start import taken_over, tokenizer_of
     from train.step import TrainState, abstract_batch, batch_layout, make_program
-    from train.summary import flops_per_token, parameter_counts
+    from train.summary import flops_per_token, parameter_counts, shown
     from train.workdir import versions
 
     workdir.check_experiment(experiment)
@@ -177,7 +177,7 @@ def pretrain(experiment: Experiment, workdir: Workdir, stop: Stop, base: Base | 
             print(f"attention: {kind}; {why}")
         rates = loop.Rates(
             tokens_per_step=data.batch_size * data.context,
-            flops_per_token=flops_per_token(model, program.abstract_state.weights, data.context, frozen),
+            flops_per_token=flops_per_token(model, program.abstract_state.weights, data.context, frozen, shown(placed)),
             matmul_flops_per_second=peak * len(devices),
         )
         writer = MetricsWriter(workdir.path, first_step, run.tensorboard) if distributed.leads() else None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 
@@ -43,31 +43,73 @@ def _active(path: tuple, size: int, config: ModelConfig) -> int:
     return size * config.experts_per_token // config.experts
 
 
-def flops_per_token(config: ModelConfig, weights: Any, context: int, frozen: Any = None) -> int:
+class Shown(NamedTuple):
+    """What a row shows for each of its tokens: vectors inside the image encoder, and those that leave the connector."""
+
+    encoded: float = 0.0
+    vectors: float = 0.0
+    row: int = 0  # those that leave it, of a whole row
+
+
+def shown(experiment: Experiment) -> Shown:
+    """What the rows of an experiment show; places for images count whether there is one or not."""
+    vision, data = experiment.model.vision, experiment.data
+    if vision.encoder == "none":
+        return Shown()
+    images = data.images if experiment.objective.name == "conversation" else 1
+    encoded, vectors = images * (vision.grid**2 + vision.class_token), images * vision.vectors
+    if data.image_fit == "native":
+        encoded, vectors = data.patches, data.patches // vision.shrink**2
+    return Shown(encoded / data.context, vectors / data.context, vectors)
+
+
+NOTHING_SHOWN = Shown()
+
+
+def flops_per_token(
+    config: ModelConfig, weights: Any, context: int, frozen: Any = None, shown: Shown = NOTHING_SHOWN
+) -> int:
     """Floating-point operations of one training step per token, counted as PaLM does (arXiv:2204.02311, appendix B).
 
     Six per weight that multiplies an activation (the head's table counts, looked-up tables do not; one that layers
     share counts for each of them; of experts those that a token meets), and for attention
     12 * layers * heads * head_dim * keys, not halved for causality; keys are what `ModelConfig.keys_seen` says.
     Operations done again by rematerialisation do not count. Four per weight of `frozen`, for which no gradient is made.
+    What images take is shared out among the tokens of their row; of convolutions as if they had a stride of one patch.
     """
-    products = 6 * _multiplied(config, weights) + 4 * (0 if frozen is None else _multiplied(config, frozen))
+    products = 6 * _multiplied(config, weights, shown)
+    products += 4 * (0 if frozen is None else _multiplied(config, frozen, shown))
     if config.tied_head:
         products += (6 if frozen is None else 4) * config.vocab_size * config.embed_dim
     seen = sum(config.keys_seen(kind, context) for kind in config.pattern)
     keys = seen * config.layers // len(config.pattern)
-    return products + 12 * config.heads * config.head_dim * keys
+    keys += shown.row * sum(config.looks(i) for i in range(len(config.pattern))) * config.layers // len(config.pattern)
+    vision = config.vision
+    inside = vision.layers * vision.embed_dim * (vision.grid**2) * shown.encoded if vision.encoder == "vit" else 0
+    return round(products + 12 * (config.heads * config.head_dim * keys + inside))
 
 
-def _multiplied(config: ModelConfig, weights: Any) -> int:
-    """How many weights multiply an activation; what layers share is counted for each of them."""
+def _multiplied(config: ModelConfig, weights: Any, shown: Shown) -> float:
+    """How many weights multiply an activation for each token; what layers share is counted for each of them."""
     times = config.layers // len(config.pattern) // config.layer_sets()
-    count = 0
+    count = 0.0
     for path, leaf in jax.tree_util.tree_leaves_with_path(weights):
         if path[-1].key in ("kernel", "router", *FACTORS):
             met = _active(path, math.prod(leaf.shape), config)
-            count += met * (times if any(part.key == "groups" for part in path) else 1)
+            count += met * _often(tuple(part.key for part in path), times, shown)
     return count
+
+
+def _often(path: tuple[str, ...], times: int, shown: Shown) -> float:
+    """How often for each token a weight multiplies something: images have vectors of their own."""
+    if path[0] == "vision":
+        return shown.encoded if "encoder" in path else shown.vectors
+    of_images = any(part.startswith(("gate_", "connection_")) for part in path) and not {"key", "value"}.isdisjoint(
+        path
+    )
+    if of_images or path[0] == "streams":
+        return shown.vectors
+    return times if "groups" in path else 1
 
 
 def pipeline_bubble(experiment: Experiment) -> float | None:
@@ -103,7 +145,7 @@ def summarize(experiment: Experiment) -> dict[str, Any]:
     return {
         "experiment": to_dict(experiment),
         "parameters": counts,
-        "flops_per_token": flops_per_token(config, weights, experiment.data.context, frozen),
+        "flops_per_token": flops_per_token(config, weights, experiment.data.context, frozen, shown(experiment)),
         "tokens": tokens,
         "tokens_per_parameter": tokens / counts["total"],
         "bytes": memory if frozen is None else {"frozen": tree_bytes(frozen), **memory},

@@ -141,3 +141,17 @@ def test_a_dry_run_touches_no_device(tmp_path):
         "GiB: weights 475 MiB",
     ):
         assert figure in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("name", "argument"),
+    [
+        *(("sight", f"{fusion},{stage}") for fusion in load("sight").FUSIONS for stage in load("sight").STAGES),
+        *(("sight_quickstart", stage) for stage in load("sight_quickstart").STAGES),
+        *(("gpt4", f"{size},sight") for size in ("8k", "32k", "tiny")),
+    ],
+)
+def test_those_that_see(name, argument):
+    found = experiment(name, argument)
+    assert from_dict(Experiment, json.loads(json.dumps(to_dict(found)))) == found
+    assert summarize(found)["parameters"]["total"] > 0

@@ -84,7 +84,7 @@ def test_the_summary_of_an_experiment(capsys):
     assert figures["bytes"]["weights"] == 2 * total
     assert figures["bytes"]["ema"] == 4 * total
     assert figures["bytes"]["optimizer"] in (2 * 2 * total + 8, 2 * 4 * total + 8)  # two moments and two counters
-    assert figures["experiment"]["model"] == dataclasses.asdict(experiment.model) | {"pattern": ["global"]}
+    assert from_dict(Experiment, figures["experiment"]) == experiment
     print_summary(experiment, figures)
     out = capsys.readouterr().out
     for field in ("model.embed_dim = 8", "optimizer.ema_decay = 0.9", "mesh.tensor = 1", "name = 'experiment'"):
