@@ -1,12 +1,15 @@
-"""Models that see, made from nothing on two CPU cores: four fusions of the same image encoder and the same small text.
+"""Models that see, from nothing on two CPU cores: four fusions of one image encoder and one small text, in stages.
 
-    python -m train.pretrain --config=configs/sight.py:merge,captions --workdir=runs/merge-captions
-    python -m train.pretrain --config=configs/sight.py:merge,questions --workdir=runs/merge \\
-        --config.run.start="('runs/merge-captions',)"
-    python -m train.evaluate --checkpoint=runs/merge --page=answers.html
+    python -m train.pretrain --config=configs/sight.py:cross,text --workdir=runs/s/text
+    python -m train.pretrain --config=configs/sight.py:cross,captions --workdir=runs/s/captions \\
+        --config.run.start="('runs/s/text',)"
+    python -m train.pretrain --config=configs/sight.py:cross,questions --workdir=runs/s/questions \\
+        --config.run.start="('runs/s/captions',)"
+    python -m train.evaluate --checkpoint=runs/s/questions --page=answers.html
 
-The first argument is the fusion: merge, cross, co or tangled. The second is the stage: captions come first, because
-training on questions from the start stalls. Pictures are made as they are needed (train.data.made).
+The first argument is the fusion: merge, cross, co or tangled. The second is the stage; STARTS says from which other it
+goes on, because training on questions from the start stalls. Pictures are made as they are needed (train.data.made).
+docs/sight.md has the scores; `python docs/sight_table.py` makes them.
 """
 
 from model.config import ModelConfig
@@ -15,22 +18,40 @@ from tpu.errors import UserError
 from train.config import DataConfig, Experiment, ObjectiveConfig, OptimizerConfig, RunConfig
 
 FUSIONS = ("merge", "cross", "co", "tangled")
-STAGES = {  # sources and their shares, images of a row, steps
-    "captions": (("scenes:caption",), (1.0,), 1, 400),
-    "questions": (("scenes:question", "scenes:caption"), (0.8, 0.2), 1, 800),
+TEXTS = ("scenes:caption", "scenes:question", "scenes:compare", "charts:caption", "charts:question", "clips:describe")
+# Sources, tokens of a row, images of a row, rows, steps
+STAGES = {
+    "text": (("python_docs", *TEXTS), 128, 1, 16, 300),
+    "captions": (("scenes:caption",), 64, 1, 32, 1500),
+    "questions": (("scenes:question",), 32, 1, 64, 2000),
+    "compare": (("scenes:compare",), 56, 2, 32, 2000),
+    "chart_captions": (("charts:caption",), 64, 1, 32, 2000),
+    "charts": (("charts:question",), 64, 1, 32, 2000),
+    "clips": (("clips:describe",), 112, 4, 16, 2500),
+}
+STARTS = {
+    "captions": "text",
+    "questions": "captions",
+    "compare": "captions",
+    "chart_captions": "text",
+    "charts": "chart_captions",
+    "clips": "captions",
 }
 
 
 def get_config(argument: str = "merge,questions") -> Experiment:
-    """1.6 to 3.6 million parameters; 64 pixels become 16 vectors."""
+    """A text of four layers of width 128 and an image encoder of two; 64 pixels become 16 vectors."""
     fusion, _, stage = argument.partition(",")
     if fusion not in FUSIONS or stage not in STAGES:
         raise UserError(f"{argument!r}: valid: one of {', '.join(FUSIONS)}, a comma, one of {', '.join(STAGES)}")
-    sources, weights, images, steps = STAGES[stage]
+    sources, context, images, rows, steps = STAGES[stage]
+    if fusion != "merge" and stage != "text":
+        context -= 16 * images  # Images stand between the tokens.
+    text = stage == "text"
     return Experiment(
         name="sight",
         model=ModelConfig(
-            vocab_size=512,
+            vocab_size=1024,
             layers=4,
             embed_dim=128,
             heads=4,
@@ -38,24 +59,35 @@ def get_config(argument: str = "merge,questions") -> Experiment:
             attention_bias=False,
             mlp_bias=False,
             qk_norm=True,
-            fusion=fusion,
-            vision=VisionConfig(
-                encoder="vit",
-                image_size=64,
-                patch_size=8,
-                layers=3,
-                embed_dim=128,
-                heads=4,
-                init="fan_in",
-                connector="pixel_shuffle",
-                image_positions=0 if fusion == "merge" else 4,
-                connections=3,
-            ),
+            fusion="none" if text else fusion,
+            vision=VisionConfig() if text else _vision(fusion),
         ),
         data=DataConfig(
-            sources=sources, weights=weights, tokenizer="bpe", context=64, batch_size=64, holdout=0.05, images=images
+            sources=sources,
+            weights=(0.5, *(0.5 / len(TEXTS),) * len(TEXTS)) if text else (),
+            tokenizer="bpe",
+            context=context,
+            batch_size=rows,
+            holdout=0.03,
+            images=images,
         ),
-        objective=ObjectiveConfig(name="conversation"),
-        optimizer=OptimizerConfig(name="muon", learning_rate=1e-2, warmup_steps=20, final_fraction=0.0),
-        run=RunConfig(steps=steps, eval_every=200, eval_batches=4, save_every=0, log_every=100),
+        objective=ObjectiveConfig(name="next_token" if text else "conversation"),
+        optimizer=OptimizerConfig(name="muon", learning_rate=1e-2, warmup_steps=20, final_fraction=0.02),
+        run=RunConfig(steps=steps, eval_every=500, eval_batches=4, save_every=0, log_every=100),
+    )
+
+
+def _vision(fusion: str) -> VisionConfig:
+    return VisionConfig(
+        encoder="vit",
+        image_size=64,
+        patch_size=8,
+        layers=2,
+        embed_dim=128,
+        heads=4,
+        init="fan_in",
+        connector="pixel_shuffle",
+        image_positions=0 if fusion == "merge" else 4,
+        connections=3,
+        connection_heads=4,
     )
