@@ -47,6 +47,7 @@ setup(
             "pyarrow",
             "optuna>=4",
             "matplotlib",
+            "scikit-learn",  # its 8 x 8 digits
             "jax[tpu]; sys_platform == 'linux' and platform_machine == 'x86_64'",  # the compiler; needs no TPU
         ],
         "peers": ["torch", "transformers", "peft"],

@@ -1,0 +1,252 @@
+"""Trains models that see on every task, with three seeds, and writes docs/sight.md's table.
+
+    python docs/sight_table.py --workdir=runs/sight-table [--only=NAME,...] [--seeds=0,1,2] [--write]
+
+What is trained already in the workdir is not trained again, and results.json there keeps what was measured; --write
+puts the table of all of it into docs/sight.md. Needs scikit-learn for the digits. Run it from the repository's root.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import pathlib
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import numpy as np
+
+ROOT = pathlib.Path(__file__).resolve().parents[1]
+BEGIN, END = "<!-- table: docs/sight_table.py -->", "<!-- end of table -->"
+ASKED = 512  # held-out records of a task
+STARTS = {
+    "captions": "text",
+    "questions": "captions",
+    "compare": "captions",
+    "chart_captions": "text",
+    "charts": "chart_captions",
+    "clips": "captions",
+}
+
+
+class Task(NamedTuple):
+    """What is measured of one model, and what it must reach."""
+
+    title: str
+    measure: Callable[[pathlib.Path, int], dict[str, float]]  # of the workdir and the seed: "score", "control", more
+    target: float
+    control: str  # what the control is
+
+
+def trained(workdir: pathlib.Path, seed: int, fusion: str, stage: str) -> pathlib.Path:
+    """The run of a stage of configs/sight.py, trained, with those before it, unless it is there."""
+    run = workdir / f"seed{seed}" / (stage if stage == "text" else f"{fusion}-{stage}")
+    flags = [f"--config=configs/sight.py:{fusion},{stage}", f"--config.run.seed={seed}"]
+    if stage in STARTS:
+        flags.append(f"--config.run.start=('{trained(workdir, seed, fusion, STARTS[stage])}',)")
+    return train(run, flags)
+
+
+def train(run: pathlib.Path, flags: list[str]) -> pathlib.Path:
+    """Runs train.pretrain in `run` unless it has finished there."""
+    if not (run / "finished").exists():
+        print(f"training {run}", flush=True)
+        command = [sys.executable, "-m", "train.pretrain", f"--workdir={run}", *flags, "--config.run.tensorboard=False"]
+        started = time.monotonic()
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+        if done.returncode:
+            raise SystemExit(f"{' '.join(command)}\n{done.stderr}")
+        (run / "finished").write_text(f"{time.monotonic() - started:.0f} s\n")
+    return run
+
+
+def answered(run: pathlib.Path, source: str) -> tuple[list[Any], Callable[[list[Any]], list[str]]]:
+    """Held-out records of a source, and what asks the model of a run."""
+    from train import answers
+    from train.data import made
+    from train.restore import open_checkpoint
+
+    opened = open_checkpoint(run)
+    data, model = opened.experiment.data, opened.experiment.model
+    ask = answers.replier(model, opened.weights, opened.tokenizer, data, 48)
+    return [made.make(source, 0, "test", index) for index in range(ASKED)], ask
+
+
+def questions(fusion: str, kind: str) -> Callable[[pathlib.Path, int], dict[str, float]]:
+    """Scene questions of one kind, or of all; the same with images shuffled; the best guess without looking."""
+
+    def measure(workdir: pathlib.Path, seed: int) -> dict[str, float]:
+        from train import answers
+        from train.data import made
+
+        asked, ask = answered(trained(workdir, seed, fusion, "questions"), "scenes:question")
+        known = [made.make("scenes:question", 0, "train", index) for index in range(4000)]
+        found = answers.accuracies(asked, ask(asked))
+        shuffled = answers.accuracies(asked, ask(answers.shuffled(asked)))
+        blind = answers.accuracies(asked, answers.blind_guesses(known, asked))
+        by_kind = {f"right {name}": share for name, share in found.items()}
+        return {"score": found[kind], "control": shuffled[kind], "blind": blind[kind], **by_kind}
+
+    return measure
+
+
+def charts(workdir: pathlib.Path, seed: int) -> dict[str, float]:
+    """Exact answers after a rationale; the same of an empty picture; how often the whole rationale is right."""
+    from train import answers
+
+    asked, ask = answered(trained(workdir, seed, "merge", "charts"), "charts:question")
+    said = ask(asked)
+    empty = [record._replace(images=tuple(np.full_like(image, 255) for image in record.images)) for record in asked]
+    whole = np.mean([reply.strip() == record.turns[-1].text for reply, record in zip(said, asked, strict=True)])
+    found = answers.accuracies(asked, said)
+    return {"score": found["all"], "control": answers.accuracies(asked, ask(empty))["all"], "rationale": float(whole)}
+
+
+def compare(workdir: pathlib.Path, seed: int) -> dict[str, float]:
+    """Questions about two pictures that are right both as they are and with the pictures swapped, where that flips the
+    answer; the same with pictures shuffled."""
+    from train import answers
+    from train.data.scenes import swapped
+
+    asked, ask = answered(trained(workdir, seed, "merge", "compare"), "scenes:compare")
+    asked = [record for record in asked if record.kind == "compare"]
+
+    def both(records: list[Any]) -> float:
+        turned = [swapped(record) for record in records]
+        right = [
+            [answers.answer(reply) == answers.truth(record) for reply, record in zip(ask(of), of, strict=True)]
+            for of in (records, turned)
+        ]
+        return float(np.all(right, axis=0).mean())
+
+    return {"score": both(asked), "control": both(answers.shuffled(asked))}
+
+
+def clips(workdir: pathlib.Path, seed: int) -> dict[str, float]:
+    """Exact descriptions of what moves where, and in which order; the same of one frame four times."""
+    from train import answers
+
+    asked, ask = answered(trained(workdir, seed, "merge", "clips"), "clips:describe")
+    found = answers.accuracies(asked, ask(asked))
+    still = [record._replace(images=(record.images[1],) * len(record.images)) for record in asked]
+    single = answers.accuracies(asked, ask(still))
+    return {"score": min(found["direction"], found["order"]), "control": single["all"]} | {
+        f"right {kind}": share for kind, share in found.items()
+    }
+
+
+def retrieval(workdir: pathlib.Path, seed: int) -> dict[str, float]:
+    """Recall@1 among 100 different captions, the worse of both directions; zero-shot names of a single thing."""
+    from train.data import drawing, made
+    from train.restore import open_checkpoint
+    from train.retrieval import class_vectors, embedders, recall_at, zero_shot
+
+    run = train(workdir / f"seed{seed}" / "clip", ["--config=configs/clip.py:scenes", f"--config.run.seed={seed}"])
+    opened = open_checkpoint(run)
+    see, read = embedders(opened.experiment.model, opened.weights, opened.tokenizer, opened.experiment.data.context)
+    records = {}
+    for index in range(1000):
+        record = made.make("scenes:caption", 0, "test", index)
+        records.setdefault(record.turns[-1].text, record.images[0])
+    texts = list(records)[:100]
+    images, captions = see(np.stack([records[text] for text in texts])), read(texts)
+    alone = [(text, image) for text, image in records.items() if "," not in text]
+    places = sorted({text.split(" at ")[-1] if " at " in text else "middle" for text, _ in alone})
+    names = [f"{colour} {shape}" for colour in drawing.COLOURS for shape in drawing.SHAPES]
+    prompts = [f"a {{}} at {place}" if place != "middle" else "a {} in the middle" for place in places]
+    prompts = [prompt.replace("a orange", "an orange") for prompt in prompts]
+    chosen = zero_shot(see(np.stack([image for _, image in alone])), class_vectors(read, names, prompts))
+    right = [names[number] in text for number, (text, _) in zip(chosen, alone, strict=True)]
+    to_text, to_image = recall_at(1, images, captions), recall_at(1, captions, images)
+    return {
+        "score": min(to_text, to_image),
+        "control": 0.01,
+        "image to text": to_text,
+        "text to image": to_image,
+        "zero-shot": float(np.mean(right)),
+        "zero-shot chance": 1 / len(names),
+    }
+
+
+def digits(workdir: pathlib.Path, seed: int) -> dict[str, float]:
+    """Accuracy on the held-out fifth of scikit-learn's 1,797 digits."""
+    from PIL import Image
+    from sklearn.datasets import load_digits
+
+    folder = workdir / "digits"
+    if not (folder / "digits.jsonl").exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        found, lines = load_digits(), []
+        for number, (image, label) in enumerate(zip(found.images, found.target, strict=True)):
+            Image.fromarray((image * 255 / 16).round().astype(np.uint8)).save(folder / f"{number}.png")
+            turns = [{"from": "human", "value": "<image>"}, {"from": "gpt", "value": str(label)}]
+            lines.append(json.dumps({"id": str(number), "image": f"{number}.png", "conversations": turns}))
+        (folder / "digits.jsonl").write_text("\n".join(lines) + "\n")
+    flags = ["--config=configs/vit.py:digits", f"--config.run.seed={seed}"]
+    run = train(workdir / f"seed{seed}" / "vit", [*flags, f"--config.data.sources=('{folder}/*.jsonl',)"])
+    last = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines() if '"eval"' in line][-1]
+    return {"score": last["eval"]["accuracy"], "control": 0.1}
+
+
+TASKS = {
+    "merge": Task("scene questions, `merge`, all", questions("merge", "all"), 0.95, "images shuffled"),
+    "cross": Task("scene questions, `cross`, all", questions("cross", "all"), 0.95, "images shuffled"),
+    "co": Task("scene questions, `co`, colours", questions("co", "colour"), 0.90, "images shuffled"),
+    "tangled": Task("scene questions, `tangled`, colours", questions("tangled", "colour"), 0.90, "images shuffled"),
+    "charts": Task("charts, a rationale and the exact answer", charts, 0.90, "empty picture"),
+    "clip": Task("CLIP, recall@1 of 100 captions, the worse way", retrieval, 0.90, "chance"),
+    "digits": Task("ViT on 8 x 8 digits", digits, 0.97, "chance"),
+    "compare": Task("two pictures, right as they are and swapped", compare, 0.95, "images shuffled"),
+    "clips": Task("clips, what moves where and in which order", clips, 0.90, "one frame"),
+}
+
+
+def table(results: dict[str, dict[str, dict[str, float]]]) -> str:
+    """The measured tasks as a table of markdown."""
+    rows = ["| task | must reach | worst seed | all seeds | control | |", "|---|---|---|---|---|---|"]
+    for name, task in TASKS.items():
+        if not (seeds := results.get(name)):
+            continue
+        scores = [seeds[seed]["score"] for seed in sorted(seeds)]
+        control = max(found["control"] for found in seeds.values())
+        blind = max((found["blind"] for found in seeds.values() if "blind" in found), default=None)
+        beside = f"{task.control} {control:.1%}" + (f", best blind guess {blind:.1%}" if blind is not None else "")
+        reached = "reached" if min(scores) >= task.target else "**missed**"
+        every = ", ".join(f"{score:.1%}" for score in scores)
+        rows.append(f"| {task.title} | {task.target:.0%} | {min(scores):.1%} | {every} | {beside} | {reached} |")
+    return "\n".join(rows)
+
+
+def main() -> None:
+    """Trains and measures what the flags ask for."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--workdir", type=pathlib.Path, required=True)
+    parser.add_argument("--only", default=",".join(TASKS))
+    parser.add_argument("--seeds", default="0,1,2")
+    parser.add_argument("--write", action="store_true")
+    options = parser.parse_args()
+    workdir = options.workdir.resolve()
+    workdir.mkdir(parents=True, exist_ok=True)
+    file = workdir / "results.json"
+    results = json.loads(file.read_text()) if file.exists() else {}
+    for seed in map(int, options.seeds.split(",")):
+        for name in options.only.split(","):
+            if str(seed) in results.get(name, {}):
+                continue
+            found = TASKS[name].measure(workdir, seed)
+            results.setdefault(name, {})[str(seed)] = found
+            file.write_text(json.dumps(results, indent=1))
+            print(name, seed, json.dumps(found), flush=True)
+    print(table(results))
+    if options.write:
+        page = ROOT / "docs" / "sight.md"
+        before, _, rest = page.read_text().partition(BEGIN)
+        page.write_text(f"{before}{BEGIN}\n{table(results)}\n{END}{rest.partition(END)[2]}")
+
+
+if __name__ == "__main__":
+    sys.path.insert(0, str(ROOT))
+    main()
