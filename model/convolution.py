@@ -60,8 +60,10 @@ class Convolution(nnx.Module):
 
 
 class GroupNorm(nnx.Module):
-    """Normalises runs of channels over an image (arXiv:1803.08494), in float32: 32 groups, or as many as divide both 32 and
-    the channels."""
+    """Normalises runs of channels over an image (arXiv:1803.08494), in float32.
+
+    There are 32 of them, or as many as divide both 32 and the number of channels.
+    """
 
     def __init__(self, config: ModelConfig, channels: int, rngs: nnx.Rngs):
         self.groups, self.eps = math.gcd(channels, 32), config.vision.norm_eps

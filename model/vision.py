@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from model.attention import Place
+from model.attention import Place, visible
 from model.config import ModelConfig
 from model.connector import Connector, encoder_width, source_width
 from model.convolution import CNN
@@ -49,10 +49,18 @@ class Images(NamedTuple):
         """Where tokens at `place` stand among the images: at the last one that they have seen."""
         return Place(place.segments, self.seen - 1)
 
-    def blocks(self, mask: str) -> jax.Array | None:
-        """[B, T] int32, tokens that see each other both ways under vision.mask; None: causal alone."""
+    def opening(self, place: Place) -> jax.Array:
+        """[B, T] int32, 1 for the tokens at `place` that are given before the first of their text to be answered.
+
+        These alone may be shown to what comes before them: a later question knows the answers between.
+        """
+        answers = Place(jnp.where(self.given > 0, 0, place.segments), place.positions)
+        return jnp.where(visible(place, answers, 0).any(-1), 0, self.given)
+
+    def blocks(self, mask: str, place: Place) -> jax.Array | None:
+        """[B, T] int32, tokens at `place` that see each other both ways under vision.mask; None: causal alone."""
         if mask == "prefix":
-            return self.given
+            return self.opening(place)
         return jnp.where(self.slots >= 0, self.seen, 0) if mask == "images" else None
 
 

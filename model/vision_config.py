@@ -85,7 +85,7 @@ class VisionConfig:
     image_positions: int = 0  # rows of a learned table, added to what the n-th image of a text gives; 0: none
 
     # The fusion
-    mask: str = "causal"  # of merge: what is seen besides what comes before; prefix: all that is given; images: each
+    mask: str = "causal"  # of merge: what is also seen ahead; prefix: what is given before any answer; images: each
     every: int = 1  # of cross: one of so many layers of the text has cross-attention before it
     offset: int = -1  # which of them; -1: the last
     sees: str = "all"  # of cross: which of the images before a token: all, or the last
