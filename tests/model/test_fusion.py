@@ -34,20 +34,18 @@ from tpu.mesh import make_mesh
 from train.config import MeshConfig
 
 TOKENS, IMAGES, VOCAB = 24, 3, 11
-SHAPE = {"vocab_size": VOCAB, "layers": 3, "embed_dim": 8, "heads": 2, "mlp_dim": 12, "layer_loop": "unroll"}
+SHAPE = {"vocab_size": VOCAB, "layers": 2, "embed_dim": 8, "heads": 2, "mlp_dim": 12, "layer_loop": "unroll"}
 EYE = {"encoder": "vit", "image_size": 4, "patch_size": 2, "layers": 1, "embed_dim": 8, "heads": 2, "mlp_dim": 8}
 
 CASES = {
-    "merge": {"image_positions": 3, "norm": "rmsnorm"},
+    "merge": {"image_positions": 3, "norm": "rmsnorm", "experts": 2, "experts_per_token": 1, "mlp_bias": False},
     "merge-prefix": {"mask": "prefix", "connector": "pixel_shuffle", "layer_loop": "scan", "positions": "alibi"},
-    "merge-images": {"mask": "images", "pattern": ("local", "global", "local"), "window": 3, "qk_norm": True},
-    "cross": {"every": 3, "offset": 1, "connector": "perceiver", "latents": 2, "connector_head_dim": 4},
+    "merge-images": {"mask": "images", "pattern": ("local", "global"), "window": 3, "qk_norm": True},
+    "cross": {"every": 2, "connector": "perceiver", "latents": 2, "connector_head_dim": 4, "gate_per_channel": True},
     "cross-last": {"sees": "last", "layer_loop": "scan", "qk_norm_images": True, "norm_order": "post"},
-    "cross-experts": {"experts": 2, "experts_per_token": 1, "mlp_bias": False, "gate_per_channel": True},
-    "co": {"connections": 3, "positions": "learned", "layer_loop": "scan"},
-    "co-post": {"connections": 2, "norm_order": "post", "image_positions": 3},
-    "tangled": {"connections": 3},
-    "tangled-paper": {"connections": 2, "tangled": "paper", "norm_order": "post", "layer_loop": "scan"},
+    "co": {"layers": 3, "positions": "learned", "layer_loop": "scan", "image_positions": 3},
+    "tangled": {"layer_loop": "scan"},
+    "tangled-paper": {"tangled": "paper", "norm_order": "post", "connector": "mlp"},
 }
 
 
@@ -262,10 +260,11 @@ def configs(draw: st.DrawFn) -> ModelConfig:
     """Tiny models of every fusion over what changes how they are computed."""
     fusion = draw(st.sampled_from(["merge", "cross", "co", "tangled"]))
     pattern = draw(st.sampled_from([("global",), ("local", "global"), ("linear", "global")]))
+    connections = draw(st.sampled_from([1, 2]))
     fields: dict[str, Any] = {
         "pattern": pattern,
         "window": 3,
-        "layers": 4,
+        "layers": len(pattern) * connections,
         "kv_heads": draw(st.sampled_from([1, 2])),
         "positions": draw(st.sampled_from(["rope", "learned", "sinusoidal", "alibi", "none"])),
         "norm_order": draw(st.sampled_from(["pre", "post", "sandwich", "reordered"])),
@@ -276,14 +275,19 @@ def configs(draw: st.DrawFn) -> ModelConfig:
         "connector": draw(st.sampled_from(["linear", "mlp", "perceiver", "average_pool", "merger"])),
         "latents": 2,
         "mask": draw(st.sampled_from(["causal", "prefix", "images"])),
-        "every": draw(st.sampled_from([1, 2])),
+        "every": draw(st.sampled_from([1, len(pattern)])),
         "sees": draw(st.sampled_from(["last", "all"])),
         "tangled": draw(st.sampled_from(["code", "paper"])),
-        "connections": draw(st.sampled_from([1, 2])),
+        "connections": connections,
         "image_positions": draw(st.sampled_from([0, 3])),
     }
     if draw(st.booleans()):
-        fields |= {"experts": 2, "experts_per_token": 1, "mlp_bias": False, "moe_every": draw(st.sampled_from([1, 2]))}
+        fields |= {
+            "experts": 2,
+            "experts_per_token": 1,
+            "mlp_bias": False,
+            "moe_every": draw(st.sampled_from([1, len(pattern)])),
+        }
     return configured(fusion, **fields)
 
 
@@ -403,7 +407,7 @@ WRONG: dict[str, tuple[str, dict[str, Any]]] = {  # the field named: the fusion,
     "model.vision.mask='images': not with memory or 'sparse'": ("merge", {"mask": "images", "pattern": ("sparse",)}),
     "model.fusion='cross': not with a model that remembers": ("cross", {"memory": 4}),
     "model.fusion='co': not with a model that remembers": ("co", {"knn_memory": 4, "pattern": ("knn",)}),
-    "model.vision.connections=4: needs as many": ("co", {"connections": 4}),
+    "model.vision.connections=3: needs as many": ("co", {"connections": 3}),
     "model.vision.connections=2: needs as many": ("tangled", {"share_layers": "all"}),
     "model.vision.connection_heads=3: does not divide": ("tangled", {"connection_heads": 3}),
     "model.pipeline_repeats=2: not with model.fusion='co'": ("co", {"pipeline_repeats": 2}),
