@@ -1,8 +1,9 @@
 """Co-attention (ViLBERT, arXiv:1908.02265, section 3.1): text and images in streams that look at each other.
 
 A connection gives both streams an attention with the other's keys and values and a feed-forward block. The text may
-look at the images before it. The images look at the text that is given, never at what is to be answered, so that the
-text can still be generated one token after the other; what they keep of it is computed once.
+look at the images before it. The images look at the text that is given before the first answer, never at what is to be
+answered nor at what knows it, so that the text can still be generated one token after the other; what they keep of it
+is computed once.
 
 Legend: B batch, T tokens, S image vectors, D embed_dim, C width of the image vectors.
 """

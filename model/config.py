@@ -304,7 +304,18 @@ class ModelConfig:
             raise UserError(f"model.vision.mask={self.vision.mask!r}: not with memory or 'sparse' layers")
         if self.fusion in ("cross", "co", "tangled") and self.remembers:
             raise UserError(f"model.fusion={self.fusion!r}: not with a model that remembers")
+        width = self.vision.embed_dim if self.vision.encoder == "vit" else self.vision.widths[-1]
+        if self.fusion == "merge" and self.vision.connector == "none" and width != self.embed_dim:
+            raise UserError(
+                f"model.vision.connector='none': leaves vectors of width {width}, which do not fit a text of "
+                f"model.embed_dim={self.embed_dim}; valid: linear, or another that gives them that width"
+            )
         if self.fusion in ("co", "tangled"):
+            if self.vision.connection_dim % self.vision.connection_heads:
+                raise UserError(
+                    f"model.vision.connection_heads={self.vision.connection_heads}: does not divide "
+                    f"model.vision.connection_dim={self.vision.connection_dim}"
+                )
             if len(self.pattern) * self.vision.connections > self.layers or self.share_layers != "none":
                 raise UserError(
                     f"model.vision.connections={self.vision.connections}: needs as many repetitions of "
@@ -444,6 +455,20 @@ class ModelConfig:
             f"model.memory={self.memory}": self.memory,
             f"model.vision.mask={self.vision.mask!r}": self.fusion == "merge" and self.vision.mask != "causal",
             f"model.fusion={self.fusion!r}": self.fusion in ("co", "tangled", "contrastive"),
+        }
+        return next((name for name, given in found.items() if given), "")
+
+    @property
+    def needs_one_size(self) -> str:
+        """The first field for whose sake all images of a row must have one size; "" where there is none."""
+        vision = self.vision
+        found = {
+            f"model.fusion={self.fusion!r}": self.fusion != "merge",
+            f"model.vision.encoder={vision.encoder!r}": vision.encoder != "vit",
+            f"model.vision.stem={vision.stem!r}": vision.stem != "patches",
+            "model.vision.class_token=True": vision.class_token,
+            f"model.vision.connector={vision.connector!r}": vision.connector == "perceiver",
+            f"model.vision.image_positions={vision.image_positions}": vision.image_positions,
         }
         return next((name for name, given in found.items() if given), "")
 

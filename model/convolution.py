@@ -9,6 +9,7 @@ import math
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
 from model.config import ModelConfig
@@ -59,7 +60,10 @@ class Convolution(nnx.Module):
 
 
 class GroupNorm(nnx.Module):
-    """Normalises runs of channels over an image (arXiv:1803.08494), in float32: 32 groups, or one per channel below."""
+    """Normalises runs of channels over an image (arXiv:1803.08494), in float32.
+
+    There are 32 of them, or as many as divide both 32 and the number of channels.
+    """
 
     def __init__(self, config: ModelConfig, channels: int, rngs: nnx.Rngs):
         self.groups, self.eps = math.gcd(channels, 32), config.vision.norm_eps
@@ -77,7 +81,9 @@ class GroupNorm(nnx.Module):
 def pooled(x: jax.Array, size: int, stride: int, padding: int = 0) -> jax.Array:
     """The maximum over windows of `size` pixels square of x [R, H, W, C]."""
     pads = ((0, 0), (padding, padding), (padding, padding), (0, 0))
-    return jax.lax.reduce_window(x, -jnp.inf, jax.lax.max, (1, size, size, 1), (1, stride, stride, 1), pads)
+    return jax.lax.reduce_window(
+        x, np.array(-np.inf, x.dtype), jax.lax.max, (1, size, size, 1), (1, stride, stride, 1), pads
+    )
 
 
 class CNN(nnx.Module):

@@ -8,7 +8,7 @@ regions those of the text, c_w of the text those of the regions. Each stream the
 
 Here a region is an image vector and an action one vector of a whole image or frame. `up` gives each region its own
 image's action and each token that of the last image before it, so that generated text can go on with it. Actions look
-at the text that is given alone (as in `model.co_attention`), and images see those before them, not those after.
+at the text before the first answer alone (as in `model.co_attention`); images see those before them, not those after.
 
 Legend: B batch, T tokens, S regions, N actions, H heads, K head_dim, D embed_dim, C width of the regions.
 """

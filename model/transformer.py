@@ -168,8 +168,8 @@ class Transformer(nnx.Module):
             h = self.embedding(tokens)
             h = h if self.embedding_scale == 1.0 else h * self.embedding_scale
             if images is not None:
-                place, source = place._replace(blocks=images.blocks(self.mask)), self.vision(images)
-                source = source._replace(queries=images.queries(place))
+                source = self.vision(images)._replace(queries=images.queries(place))
+                place = place._replace(blocks=images.blocks(self.mask, place))
                 h = merged(h, source.hidden, images.slots) if self.fusion == "merge" else h
             if self.position_embedding is not None:
                 h = h + self.position_embedding(positions)
@@ -185,7 +185,7 @@ class Transformer(nnx.Module):
             layers = cache.layers
         turn = None if self.rope is None else rotations(self.rope, turned, written)
         if self.streams is not None:
-            given, count = (None, 0) if images is None else (images.given, images.segments.shape[1])
+            given, count = (None, 0) if images is None else (images.opening(place), images.segments.shape[1])
             h, layers, routings = self.streams(
                 self.stack, h, place, slots, turn, layers, stack_key, source, given, count
             )

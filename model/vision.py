@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from model.attention import Place
+from model.attention import Place, visible
 from model.config import ModelConfig
 from model.connector import Connector, encoder_width, source_width
 from model.convolution import CNN
@@ -25,6 +25,7 @@ from model.norms import Norm
 from model.resnet import ResNet
 from model.vision_config import NORMALIZATIONS
 from model.vit import ViT, grid_positions, patches, tower_config
+from tpu.errors import UserError
 
 
 class Images(NamedTuple):
@@ -48,10 +49,18 @@ class Images(NamedTuple):
         """Where tokens at `place` stand among the images: at the last one that they have seen."""
         return Place(place.segments, self.seen - 1)
 
-    def blocks(self, mask: str) -> jax.Array | None:
-        """[B, T] int32, tokens that see each other both ways under vision.mask; None: causal alone."""
+    def opening(self, place: Place) -> jax.Array:
+        """[B, T] int32, 1 for the tokens at `place` that are given before the first of their text to be answered.
+
+        These alone may be shown to what comes before them: a later question knows the answers between.
+        """
+        answers = Place(jnp.where(self.given > 0, 0, place.segments), place.positions)
+        return jnp.where(visible(place, answers, 0).any(-1), 0, self.given)
+
+    def blocks(self, mask: str, place: Place) -> jax.Array | None:
+        """[B, T] int32, tokens at `place` that see each other both ways under vision.mask; None: causal alone."""
         if mask == "prefix":
-            return self.given
+            return self.opening(place)
         return jnp.where(self.slots >= 0, self.seen, 0) if mask == "images" else None
 
 
@@ -69,6 +78,7 @@ class Encoder(nnx.Module):
     def __init__(self, config: ModelConfig, rngs: nnx.Rngs):
         vision = config.vision
         self.patch_size, self.normalization = vision.patch_size, vision.normalization
+        self.temporal_patch = vision.temporal_patch
         hybrid = vision.encoder == "vit" and vision.stem == "resnet"
         self.resnet = ResNet(config, rngs) if vision.encoder == "resnet" or hybrid else None
         self.cnn = CNN(config, rngs) if vision.encoder == "cnn" else None
@@ -86,6 +96,8 @@ class Encoder(nnx.Module):
         x = patches(x, size)
         if self.vit is None:
             return x.reshape(*x.shape[:2], -1), grid
+        if self.temporal_patch > 1:
+            x = jnp.repeat(x[:, :, None], self.temporal_patch, axis=2)
         positions = jnp.broadcast_to(grid_positions(*grid), (len(x), x.shape[1], 2))
         return self.vit(x, jnp.ones(x.shape[:2], jnp.int32), positions, grid=grid), grid
 
@@ -130,7 +142,7 @@ class Vision(nnx.Module):
             return config.init_std * jax.random.normal(key, shape)
 
         of_images = parameter(rngs, (rows, width), ("positions", "norm"), config.weight_dtype, draw) if rows else None
-        self.image_positions = of_images
+        self.image_positions, self.needs_one_size = of_images, config.needs_one_size
 
     def pooled(self, x: jax.Array) -> jax.Array:
         """Images x [R, H, W, channels] -> one vector each, [R, C]."""
@@ -143,7 +155,8 @@ class Vision(nnx.Module):
     def __call__(self, images: Images) -> Source:
         """The vectors of all images of a row, [B, S, C], and their places: the image's segment and number in the row.
 
-        Of packed images all vectors are in segment 1, for which of them are a text's is said by slots alone.
+        Of packed images all vectors are in segment 1, for which of them are a text's is said by slots alone. Raises
+        UserError where a model cannot take them.
         """
         with jax.named_scope("vision"):
             return self._whole(images) if images.positions is None else self._packed(images)
@@ -163,15 +176,24 @@ class Vision(nnx.Module):
         h = self.connector(h, grid, jnp.ones(h.shape[:2], jnp.int32))
         h = h.reshape(b, n, *h.shape[1:])
         if self.image_positions is not None:
-            h = h + self.image_positions.get_value()[:n, None].astype(h.dtype)
+            table, numbers = self.image_positions.get_value(), _numbers(images.segments)
+            h = h + jnp.take(table, numbers, axis=0)[:, :, None].astype(h.dtype)
         return Source(h.reshape(b, -1, h.shape[-1]), self.places(images, h.shape[2]))
 
     def _packed(self, images: Images) -> Source:
+        if self.needs_one_size:
+            raise UserError(f"{self.needs_one_size}: not with images of several sizes in one row")
         x = normalized(images.pixels, self.encoder.normalization)
         h = self.encoder.vit(x, images.segments, images.positions)
         h = self.connector(h, None, images.segments)
         ones = jnp.ones(h.shape[:2], jnp.int32)
         return Source(h, Place(ones, jnp.zeros_like(ones)))
+
+
+def _numbers(segments: jax.Array) -> jax.Array:
+    """segments [B, N] of images -> [B, N] int32: how many of its own segment are before each."""
+    before = jnp.tril(jnp.ones((segments.shape[1],) * 2, bool), -1)
+    return jnp.sum(before & (segments[:, :, None] == segments[:, None, :]), axis=-1, dtype=jnp.int32)
 
 
 class ImageClassifier(nnx.Module):

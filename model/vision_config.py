@@ -9,6 +9,7 @@ from tpu.errors import UserError
 CHOICES = {
     "encoder": ("none", "vit", "cnn", "resnet"),
     "normalization": ("none", "half", "imagenet", "clip"),
+    "norm": ("layernorm", "rmsnorm"),
     "activation": ("gelu", "gelu_tanh", "quick_gelu", "relu", "swiglu", "geglu", "geglu_erf"),
     "positions": ("learned", "sincos", "rope", "none"),
     "connector_activation": ("gelu", "gelu_tanh", "relu"),
@@ -83,10 +84,10 @@ class VisionConfig:
     connector_layers: int = 2
     connector_heads: int = 8
     connector_head_dim: int = 64
-    image_positions: int = 0  # rows of a learned table, added to what the n-th image of a row gives; 0: none
+    image_positions: int = 0  # rows of a learned table, added to what the n-th image of a text gives; 0: none
 
     # The fusion
-    mask: str = "causal"  # of merge: what is seen besides what comes before; prefix: all that is given; images: each
+    mask: str = "causal"  # of merge: what is also seen ahead; prefix: what is given before any answer; images: each
     every: int = 1  # of cross: one of so many layers of the text has cross-attention before it
     offset: int = -1  # which of them; -1: the last
     sees: str = "all"  # of cross: which of the images before a token: all, or the last
@@ -139,9 +140,12 @@ class VisionConfig:
         ):
             if getattr(self, field) < 1:
                 raise UserError(f"model.vision.{field}={getattr(self, field)}: must be at least 1")
-        for field in ("unused_layers", "image_positions"):
+        for field in ("unused_layers", "image_positions", "mlp_dim", "connector_dim", "connection_dim"):
             if getattr(self, field) < 0:
                 raise UserError(f"model.vision.{field}={getattr(self, field)}: must not be negative")
+        for field in ("norm_eps", "connector_eps", "rope_theta"):
+            if getattr(self, field) <= 0:
+                raise UserError(f"model.vision.{field}={getattr(self, field)}: must be positive")
         if self.encoder == "none":
             return
         if not self.widths or min(self.widths) < 1:
@@ -149,19 +153,18 @@ class VisionConfig:
         resnet = self.encoder == "resnet" or self.stem == "resnet"
         if resnet and (len(self.depths) != len(self.widths) or min(self.depths) < 1):
             raise UserError(f"model.vision.depths={self.depths}: needs one number for each of model.vision.widths")
+        if resnet and self.block == "bottleneck" and any(width % 4 for width in self.widths):
+            raise UserError(f"model.vision.widths={self.widths}: model.vision.block='bottleneck' needs multiples of 4")
         if not 0 <= self.offset < self.every:
             raise UserError(f"model.vision.offset={self.offset}: valid: 0 to model.vision.every - 1 = {self.every - 1}")
-        if self.connection_dim % self.connection_heads:
-            raise UserError(
-                f"model.vision.connection_heads={self.connection_heads}: does not divide "
-                f"model.vision.connection_dim={self.connection_dim}"
-            )
         if self.image_size % self.reduction:
             raise UserError(
                 f"model.vision.image_size={self.image_size}: not a multiple of the {self.reduction} pixels of a vector"
             )
         self._check_vit()
-        if self.pools and self.connector not in ("none", "linear", "mlp", "perceiver") and self.grid % self.shrink:
+        if self.pools and self.keep_class:
+            raise UserError(f"model.vision.keep_class=True: not with model.vision.connector={self.connector!r}")
+        if self.pools and self.grid % self.shrink:
             raise UserError(
                 f"model.vision.connector_factor={self.connector_factor}: does not divide the {self.grid} vectors of a "
                 "side"
@@ -170,7 +173,11 @@ class VisionConfig:
     def _check_vit(self) -> None:
         if self.encoder != "vit":
             if self.class_token or self.pool == "class":
-                raise UserError(f"model.vision.class_token: only with model.vision.encoder='vit', not {self.encoder!r}")
+                field = "class_token" if self.class_token else "pool"
+                raise UserError(
+                    f"model.vision.{field}={getattr(self, field)!r}: only with model.vision.encoder='vit', not "
+                    f"{self.encoder!r}"
+                )
             return
         if self.embed_dim % self.heads:
             raise UserError(f"model.vision.heads={self.heads}: does not divide model.vision.embed_dim={self.embed_dim}")

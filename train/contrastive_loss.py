@@ -22,8 +22,9 @@ def contrastive_sums(logits: jax.Array, weights: jax.Array, similarity: str) -> 
         "sigmoid": -sum over j of log sigmoid(z_ij logit_ij), z = 1 on the diagonal and -1 elsewhere (arXiv:2303.15343,
         section 3.2).
     """
-    there = weights > 0
-    masked = jnp.where(there[:, None] & there[None], logits, jnp.finfo(jnp.float32).min)
+    there, itself = weights > 0, jnp.eye(len(logits), dtype=bool)
+    # Padding sees itself: a row that sees nothing would sum to minus infinity, which times no weight is not a number.
+    masked = jnp.where((there[:, None] & there[None]) | itself, logits, jnp.finfo(jnp.float32).min)
     own = jnp.diagonal(logits)
     best = (jnp.argmax(masked, 0) == jnp.arange(len(logits))) * 0.5 + (
         jnp.argmax(masked, 1) == jnp.arange(len(logits))
@@ -31,6 +32,6 @@ def contrastive_sums(logits: jax.Array, weights: jax.Array, similarity: str) -> 
     if similarity == "softmax":
         loss = (jax.nn.logsumexp(masked, 0) + jax.nn.logsumexp(masked, 1)) / 2 - own
     else:
-        signs = 2 * jnp.eye(len(logits)) - 1
+        signs = jnp.where(itself, 1.0, -1.0)
         loss = jnp.where(there[None], jax.nn.softplus(-signs * logits), 0.0).sum(1)
     return jnp.sum(loss * weights), jnp.sum(best * weights)
