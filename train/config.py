@@ -47,6 +47,9 @@ OBJECTIVES = {
     "span": ("encoder", "token"),  # the first and last token of an answer
     "span_corruption": ("encoder_decoder", "language"),  # T5 (arXiv:1910.10683, section 3.1.4)
     "sequence_to_sequence": ("encoder_decoder", "language"),
+    "conversation": ("decoder", "language"),
+    "contrastive": ("decoder", "language"),
+    "image_classification": ("vision", "language"),
 }
 # Objectives that read labelled records, and of these the ones whose head gives labels instead of tokens.
 LABELLED = ("classification", "regression", "multi_label", "token_classification", "span", "sequence_to_sequence")
@@ -308,7 +311,7 @@ def _check_objective(experiment: Experiment) -> None:
     _one_of("objective.name", objective.name, tuple(OBJECTIVES))
     kind, head = OBJECTIVES[objective.name]
     for field, wanted in (("kind", kind), ("head", head)):
-        if getattr(model, field) != wanted:
+        if getattr(model, field) != wanted and model.fusion != "contrastive":
             raise UserError(
                 f"model.{field}={getattr(model, field)!r}: objective.name={objective.name!r} trains "
                 f"model.{field}={wanted!r}"
