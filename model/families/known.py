@@ -11,11 +11,14 @@ from model.families import (
     clip,
     gemma2,
     gemma3,
+    gemma3_vision,
     gpt2,
     llama,
+    llava,
     mistral,
     mixtral,
     olmo2,
+    paligemma,
     qwen2,
     qwen3,
     qwen3_moe,
@@ -27,7 +30,7 @@ from model.families.options import kinds
 from tpu.errors import UserError
 
 FAMILIES = tuple(m.FAMILY for m in (gpt2, llama, mistral, qwen2, qwen3, gemma2, gemma3, olmo2, mixtral, qwen3_moe))
-FAMILIES += bert.FAMILIES + t5.FAMILIES + tuple(m.FAMILY for m in (clip, siglip))
+FAMILIES += bert.FAMILIES + t5.FAMILIES + tuple(m.FAMILY for m in (clip, siglip, llava, paligemma, gemma3_vision))
 
 # Fields that say how a model is computed, trained or started, and not what it is.
 FREE = (
