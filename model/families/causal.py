@@ -137,7 +137,7 @@ def greedy(
 
 
 def prompt_lengths(inputs: dict[str, np.ndarray], options: dict[str, Any]) -> np.ndarray:
-    """[B] int32, how many tokens of checked inputs are no padding. Raises UserError where padding is not on the left."""
+    """[B] int32, how many tokens of checked inputs are no padding. Raises UserError for padding not on the left."""
     mask = inputs.get("attention_mask", _seen(inputs["input_ids"], options)) != 0
     if not mask[:, -1].all() or (np.diff(mask.astype(int), axis=1) < 0).any():
         raise UserError("inputs: attention_mask: new_tokens needs all padding on the left")

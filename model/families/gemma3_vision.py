@@ -1,5 +1,5 @@
-"""Gemma 3 with images (arXiv:2503.19786, section 2.1): SigLIP's patches, averaged by squares, normalised and through one
-matrix among the tokens of Gemma 3; an image's vectors see each other."""
+"""Gemma 3 with images (arXiv:2503.19786, section 2.1): SigLIP's patches, averaged by squares, normalised and through a
+matrix, stand among the tokens of Gemma 3; those of an image see each other."""
 
 from __future__ import annotations
 
@@ -67,11 +67,10 @@ def _side(tokens: int, grid: int) -> int:
 def write(model: ModelConfig) -> dict[str, Any]:
     """ModelConfig -> config.json."""
     vision = model.vision
-    return {
+    return multimodal.write_image_token(vision) | {
         "text_config": gemma3.write(model) | {"model_type": "gemma3_text"},
         "vision_config": write_tower(vision, "siglip_vision_model") | {"vision_use_head": False},
         "mm_tokens_per_image": vision.vectors,
-        "image_token_index": vision.image_token,
         "tie_word_embeddings": model.tied_head,
         "initializer_range": model.init_std,
     }

@@ -101,8 +101,8 @@ def _lost(family: Family, model: ModelConfig, options: dict[str, Any]) -> list[s
     except UserError as error:
         return [str(error)]
     lost = [name for name, value in wanted.items() if told[name] != value]
-    if "vision.encoder" in lost:  # All else about images goes with it.
-        lost = [name for name in lost if not name.startswith("vision.") or name == "vision.encoder"]
+    # What makes a difference in one of them alone follows from something else that is another.
+    lost = [name for name in lost if None not in (told[name], wanted[name])] or lost
     return [f"model.{name}={wanted[name]!r} would become {told[name]!r}" for name in lost]
 
 

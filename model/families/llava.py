@@ -64,10 +64,9 @@ def _unused(layer: int, layers: int) -> int:
 def write(model: ModelConfig) -> dict[str, Any]:
     """ModelConfig -> config.json."""
     vision = model.vision
-    return {
+    return multimodal.write_image_token(vision) | {
         "text_config": llama.write(model) | {"model_type": "llama"},
         "vision_config": write_tower(vision, "clip_vision_model"),
-        "image_token_index": vision.image_token,
         "image_seq_length": vision.vectors,
         "projector_hidden_act": word(ACTIVATIONS, vision.connector_activation),
         "multimodal_projector_bias": vision.connector_bias,

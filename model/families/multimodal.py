@@ -18,14 +18,21 @@ from model.config import ModelConfig
 from model.decode import advance, slots_for
 from model.families.causal import INPUTS, described, ended, integers, moved, places, prompt_lengths
 from model.families.mapping import Peer
-from model.families.options import get
+from model.families.options import filled, get
 from model.families.pairs import pixels
 from model.kinds import build
 from model.transformer import Weights, bind
 from model.vision import Images
+from model.vision_config import VisionConfig
 from tpu.errors import UserError
 
 BY_TOKEN = {"slots": -1, "seen": 0, "given": 0}  # of `Images`, [B, T] each, and what padding has
+# Names of files before transformers 5, and of its modules.
+RENAMED = (
+    (r"^model\.language_model\.", "language_model.model."),
+    (r"^lm_head\.", "language_model.lm_head."),
+    (r"^(?:model\.)?(vision_tower|multi_modal_projector)\.(?:vision_model\.)?", r"\1."),
+)
 
 
 def language_model(table: dict[str, str | Peer]) -> dict[str, str | Peer]:
@@ -39,16 +46,13 @@ def image_token(config: dict[str, Any], default: int) -> int:
     name = "image_token_id" if config.get("image_token_index") is None else "image_token_index"
     token = get(config, name, int, default)
     if token < 0:
-        raise UserError(f"config.json: {name}={token}: must be an id; give model.vision.image_token")
+        raise UserError(f"config.json: {name}={token}: must be the id of a token")
     return token
 
 
-# Names of files before transformers 5, and of its modules.
-RENAMED = (
-    (r"^model\.language_model\.", "language_model.model."),
-    (r"^lm_head\.", "language_model.lm_head."),
-    (r"^(?:model\.)?(vision_tower|multi_modal_projector)\.(?:vision_model\.)?", r"\1."),
-)
+def write_image_token(vision: VisionConfig) -> dict[str, Any]:
+    """The option that `image_token` reads, if there is an id."""
+    return {"image_token_index": vision.image_token} if vision.image_token >= 0 else {}
 
 
 def run(
@@ -62,7 +66,7 @@ def run(
     """As `model.families.causal.run`, and image_hidden_states [A, P, D] float32 where there are images.
 
     Args:
-      inputs: as there, and pixel_values [A, channels, H, W], floats: images in the order of their tokens, row after row.
+      inputs: as there, and pixel_values [A, channels, H, W], floats: images in the order of their tokens, row by row.
         Where vision.mask is not "causal" also token_type_ids [B, T]: 0 for what is given and 1 for the answer
         ("prefix"), or 1 for an image's tokens and 0 elsewhere ("images"); without them the mask is causal.
       flat: whether image_hidden_states are [A P, D].
@@ -75,7 +79,8 @@ def run(
     if flat and "image_hidden_states" in found:
         found["image_hidden_states"] = found["image_hidden_states"].reshape(-1, config.embed_dim)
     if new_tokens:
-        found["sequences"] = greedy(config, weights, arrays, new_tokens, options)
+        ends = filled(options, options.get("text_config") or {})  # Of what the model does not say its text may.
+        found["sequences"] = greedy(config, weights, arrays, new_tokens, ends)
     return found
 
 

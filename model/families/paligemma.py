@@ -15,9 +15,7 @@ from model.families.multimodal import language_model
 from model.families.options import filled, get, only
 from model.families.towers import IDLE, images, read_siglip, write_tower
 
-TABLE = (
-    language_model(llama.TABLE) | images("vision_tower") | {"vision.connector.out": "multi_modal_projector.linear"}
-)
+TABLE = language_model(llama.TABLE) | images("vision_tower") | {"vision.connector.out": "multi_modal_projector.linear"}
 TEXTS = {  # what transformers takes for options that are missing
     "vocab_size": 256_000,
     "hidden_size": 3072,
@@ -44,14 +42,17 @@ def write(model: ModelConfig) -> dict[str, Any]:
     """ModelConfig -> config.json."""
     vision, width = model.vision, {"projection_dim": model.embed_dim}
     text = {"model_type": "gemma", "num_image_tokens": vision.vectors, "use_bidirectional_attention": True}
-    return width | {
-        "text_config": gemma.write(model) | text,
-        "vision_config": write_tower(vision, "siglip_vision_model") | {"vision_use_head": False} | width,
-        "image_token_index": vision.image_token,
-        "hidden_size": model.embed_dim,
-        "vocab_size": model.vocab_size,
-        "tie_word_embeddings": model.tied_head,
-    }
+    return (
+        multimodal.write_image_token(vision)
+        | width
+        | {
+            "text_config": gemma.write(model) | text,
+            "vision_config": write_tower(vision, "siglip_vision_model") | {"vision_use_head": False} | width,
+            "hidden_size": model.embed_dim,
+            "vocab_size": model.vocab_size,
+            "tie_word_embeddings": model.tied_head,
+        }
+    )
 
 
 FAMILY = Family(
