@@ -64,6 +64,7 @@ class VisionConfig:
     final_norm: bool = True
     final_norm_eps: float = 0.0  # 0: norm_eps
     unused_layers: int = 0  # last layers that have weights and are not computed, as is the final norm then (LLaVA)
+    unused_norm: bool = False  # the final norm alone has weights and is not computed
     keep_class: bool = False  # whether the class token's vector is one of those for the text
     pool: str = "none"  # one vector per image: none, class, mean, map (attention of a learned probe)
     widths: tuple[int, ...] = (32, 64, 128)  # of a cnn's or a resnet's stages
@@ -87,6 +88,7 @@ class VisionConfig:
     image_positions: int = 0  # rows of a learned table, added to what the n-th image of a text gives; 0: none
 
     # The fusion
+    image_token: int = -1  # of merge and cross: the id in a text that stands for an image's vector; -1: none
     mask: str = "causal"  # of merge: what is also seen ahead; prefix: what is given before any answer; images: each
     every: int = 1  # of cross: one of so many layers of the text has cross-attention before it
     offset: int = -1  # which of them; -1: the last
@@ -146,6 +148,8 @@ class VisionConfig:
         for field in ("norm_eps", "connector_eps", "rope_theta"):
             if getattr(self, field) <= 0:
                 raise UserError(f"model.vision.{field}={getattr(self, field)}: must be positive")
+        if self.image_token < -1:
+            raise UserError(f"model.vision.image_token={self.image_token}: must be a token, or -1 for none")
         if self.encoder == "none":
             return
         if not self.widths or min(self.widths) < 1:
@@ -157,7 +161,9 @@ class VisionConfig:
             raise UserError(f"model.vision.widths={self.widths}: model.vision.block='bottleneck' needs multiples of 4")
         if not 0 <= self.offset < self.every:
             raise UserError(f"model.vision.offset={self.offset}: valid: 0 to model.vision.every - 1 = {self.every - 1}")
-        if self.image_size % self.reduction:
+        # Patches leave out what is too little for one of them at the right and below (SigLIP: 384 by 14).
+        cut = self.encoder == "vit" and self.stem == "patches" and self.image_size >= self.patch_size
+        if self.image_size % self.reduction and not cut:
             raise UserError(
                 f"model.vision.image_size={self.image_size}: not a multiple of the {self.reduction} pixels of a vector"
             )

@@ -51,9 +51,10 @@ def tower_config(config: ModelConfig) -> ModelConfig:
 
 
 def patches(x: jax.Array, size: int) -> jax.Array:
-    """Images x [R, H, W, C] -> patches [R, h w, size, size, C], row by row."""
+    """Images x [R, H, W, C] -> patches [R, h w, size, size, C], row by row; pixels that fill none are left out."""
     r, height, width, channels = x.shape
-    x = x.reshape(r, height // size, size, width // size, size, channels).swapaxes(2, 3)
+    h, w = height // size, width // size
+    x = x[:, : h * size, : w * size].reshape(r, h, size, w, size, channels).swapaxes(2, 3)
     return x.reshape(r, -1, size, size, channels)
 
 
@@ -94,7 +95,7 @@ class ViT(nnx.Module):
         self.embedding_norm = Norm(tower, vision.embed_dim, "norm", rngs) if vision.embedding_norm else None
         self.stack = Stack(tower, rngs)
         self.final_norm = Norm(norm, vision.embed_dim, "norm", rngs) if vision.final_norm else None
-        self.apply_norm = not vision.unused_layers
+        self.apply_norm = not (vision.unused_layers or vision.unused_norm)
 
     def __call__(
         self,
