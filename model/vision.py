@@ -55,7 +55,7 @@ class Images(NamedTuple):
         These alone may be shown to what comes before them: a later question knows the answers between.
         """
         answers = Place(jnp.where(self.given > 0, 0, place.segments), place.positions)
-        return jnp.where(visible(place, answers, 0).any(-1), 0, self.given)
+        return jnp.where(visible(Place(*place[:2]), answers, 0).any(-1), 0, self.given)
 
     def blocks(self, mask: str, place: Place) -> jax.Array | None:
         """[B, T] int32, tokens at `place` that see each other both ways under vision.mask; None: causal alone."""
