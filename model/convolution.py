@@ -77,9 +77,7 @@ class GroupNorm(nnx.Module):
 def pooled(x: jax.Array, size: int, stride: int, padding: int = 0) -> jax.Array:
     """The maximum over windows of `size` pixels square of x [R, H, W, C]."""
     pads = ((0, 0), (padding, padding), (padding, padding), (0, 0))
-    return jax.lax.reduce_window(
-        x, jnp.array(-jnp.inf, x.dtype), jax.lax.max, (1, size, size, 1), (1, stride, stride, 1), pads
-    )
+    return jax.lax.reduce_window(x, -jnp.inf, jax.lax.max, (1, size, size, 1), (1, stride, stride, 1), pads)
 
 
 class CNN(nnx.Module):

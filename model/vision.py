@@ -68,11 +68,11 @@ class Encoder(nnx.Module):
 
     def __init__(self, config: ModelConfig, rngs: nnx.Rngs):
         vision = config.vision
-        self.patch_size, self.normalization = vision.patch_size, vision.normalization
+        self.patch, self.normalization = (vision.patch_size, vision.reduction_across), vision.normalization
         hybrid = vision.encoder == "vit" and vision.stem == "resnet"
         self.resnet = ResNet(config, rngs) if vision.encoder == "resnet" or hybrid else None
         self.cnn = CNN(config, rngs) if vision.encoder == "cnn" else None
-        inputs = (1, 1, vision.widths[-1]) if hybrid else (vision.patch_size, vision.patch_size, vision.channels)
+        inputs = (1, 1, vision.widths[-1]) if hybrid else (*self.patch, vision.channels)
         inputs = (vision.temporal_patch, *inputs) if vision.temporal_patch > 1 else inputs
         self.vit = ViT(config, inputs, rngs) if vision.encoder == "vit" else None
 
@@ -81,9 +81,9 @@ class Encoder(nnx.Module):
         x = normalized(x, self.normalization)
         for convolutional in (self.resnet, self.cnn):
             x = x if convolutional is None else convolutional(x)
-        size = self.patch_size if self.resnet is None and self.cnn is None else 1
-        grid = (x.shape[1] // size, x.shape[2] // size)
-        x = patches(x, size)
+        size = self.patch if self.resnet is None and self.cnn is None else (1, 1)
+        grid = (x.shape[1] // size[0], x.shape[2] // size[1])
+        x = patches(x, *size)
         if self.vit is None:
             return x.reshape(*x.shape[:2], -1), grid
         positions = jnp.broadcast_to(grid_positions(*grid), (len(x), x.shape[1], 2))

@@ -47,6 +47,9 @@ OBJECTIVES = {
     "span": ("encoder", "token"),  # the first and last token of an answer
     "span_corruption": ("encoder_decoder", "language"),  # T5 (arXiv:1910.10683, section 3.1.4)
     "sequence_to_sequence": ("encoder_decoder", "language"),
+    "conversation": ("decoder", "language"),  # what one side says, with images or without (train.data.conversations)
+    "contrastive": ("decoder", "language"),  # CLIP, SigLIP (train.contrastive_loss)
+    "image_classification": ("vision", "language"),
 }
 # Objectives that read labelled records, and of these the ones whose head gives labels instead of tokens.
 LABELLED = ("classification", "regression", "multi_label", "token_classification", "span", "sequence_to_sequence")

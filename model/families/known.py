@@ -6,13 +6,29 @@ import dataclasses
 from typing import Any
 
 from model.config import ModelConfig
-from model.families import bert, gemma2, gemma3, gpt2, llama, mistral, mixtral, olmo2, qwen2, qwen3, qwen3_moe, t5
+from model.families import (
+    bert,
+    gemma2,
+    gemma3,
+    gpt2,
+    llama,
+    mistral,
+    mixtral,
+    olmo2,
+    qwen2,
+    qwen3,
+    qwen3_moe,
+    resnet,
+    t5,
+    vit,
+)
 from model.families.mapping import Family
 from model.families.options import kinds
 from tpu.errors import UserError
 
 FAMILIES = tuple(m.FAMILY for m in (gpt2, llama, mistral, qwen2, qwen3, gemma2, gemma3, olmo2, mixtral, qwen3_moe))
 FAMILIES += bert.FAMILIES + t5.FAMILIES
+FAMILIES += (vit.FAMILY, resnet.FAMILY)
 
 # Fields that say how a model is computed, trained or started, and not what it is.
 FREE = (

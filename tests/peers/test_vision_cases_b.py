@@ -1,0 +1,224 @@
+"""ViT, ResNet, Idefics and Qwen2-VL compute what transformers does: outputs, loss, gradient norms, greedy sequences;
+exports are imports, and published configurations have the published number of parameters.
+
+Recorded cases always, fresh ones where transformers is at hand; both are made by record_vision.py.
+
+Legend: B rows, T tokens, N images of a row.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import json
+import math
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+
+from model import hub
+from model.families import resnet, vit
+from model.families.known import family_of
+from model.kinds import build
+from model.load import load, shapes
+from model.safetensors import open_directory
+from model.transformer import Weights, bind
+from tests.peers.test_cases import error, gradient_norms
+from tpu.errors import UserError
+
+HERE = Path(__file__).parent
+MODULES = {"vit": vit, "resnet": resnet}
+CASES = sorted(p.parent for p in (HERE / "vision_cases").glob("*/case.json") if p.parent.name[:-2] in MODULES)
+STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
+
+
+class Case:
+    """A case, opened by the hub: model, weights, arrays, what is to come of them."""
+
+    def __init__(self, path: Path, mesh: jax.sharding.Mesh):
+        self.record: dict[str, Any] = json.loads((path / "case.json").read_text())
+        self.module = MODULES[self.record["family"]]
+        self.opened = hub.Opened(path)
+        self.model = dataclasses.replace(self.opened.model, compute_dtype="float32").placed("cpu", "float32")
+        self.weights: Weights = load(self.opened.weights, self.model, mesh)
+        self.wanted = dict(np.load(path / "outputs.npz"))
+        names = ("inputs", "prompt")
+        files = {name: path / f"{name}.npz" for name in names}
+        self.arrays = {name: dict(np.load(file)) if file.exists() else {} for name, file in files.items()}
+
+    def checked(self, name: str = "inputs", **changed: np.ndarray) -> dict[str, Any]:
+        """The arrays of that name, some of them changed, as the model takes them."""
+        return self.module.checked(self.model, self.arrays[name] | changed, self.opened.generation)
+
+
+@functools.cache
+def opened(path: Path, mesh: jax.sharding.Mesh) -> Case:
+    """The case in that directory."""
+    return Case(path, mesh)
+
+
+def compare(path: Path, mesh: jax.sharding.Mesh) -> dict[str, float]:
+    """Errors of every output, the loss and gradient norms, and whether generated tokens are wrong."""
+    case = opened(path, mesh)
+    graph, inputs = build(case.model)[0], case.checked()
+
+    def compute(weights: Weights) -> tuple[jax.Array, dict[str, jax.Array]]:
+        found = case.module.outputs(bind(graph, weights), inputs)
+        return found["loss"], found
+
+    (loss, found), gradients = jax.jit(jax.value_and_grad(compute, has_aux=True))(case.weights)
+    mask = case.arrays["inputs"].get("attention_mask")
+    outputs = {}
+    for name, wanted in case.wanted.items():
+        if name not in ("sequences", "first_logits"):
+            pair = np.asarray(found[name]), wanted
+            assert pair[0].shape == pair[1].shape, name
+            if mask is not None and wanted.shape[:2] == mask.shape:
+                pair = tuple(array[mask != 0] for array in pair)
+            outputs[name] = error(*pair)
+    norms, recorded = gradient_norms(case.opened, case.model, gradients), case.record["gradient_norms"]
+    assert {name for name in norms if not name.endswith(STATISTICS)} == recorded.keys()
+    assert not any(norm for name, norm in norms.items() if name.endswith(STATISTICS))
+    largest = max(recorded.values())
+    wrong = False
+    if "sequences" in case.wanted:
+        new, certain = case.record["new_tokens"], case.record["certain_tokens"]
+        said = case.module.greedy(case.model, case.weights, case.checked("prompt"), new, case.opened.generation)
+        end = said.shape[1] - new + certain
+        wrong = not np.array_equal(said[:, :end], case.wanted["sequences"][:, :end])
+    return {
+        **outputs,
+        "loss": abs(float(loss) - case.record["loss"]) / (1 + abs(case.record["loss"])),
+        # Relative, but for gradients that are nothing but rounding, such as those of keys' biases.
+        "gradient_norms": max(abs(norms[n] - g) / max(g, 1e-3 * largest) for n, g in recorded.items()),
+        "wrong_tokens": float(wrong),
+        "tolerance": case.record["tolerance"],
+    }
+
+
+def assert_alike(found: dict[str, float]) -> None:
+    outside = ("gradient_norms", "wrong_tokens", "tolerance")
+    assert max(value for name, value in found.items() if name not in outside) <= found["tolerance"], found
+    assert found["gradient_norms"] <= 1e-3, found
+    assert not found["wrong_tokens"], found
+
+
+def test_there_are_three_cases_of_each_family():
+    families = [json.loads((path / "case.json").read_text())["family"] for path in CASES]
+    assert {family: families.count(family) for family in MODULES} == dict.fromkeys(MODULES, 3)
+
+
+@pytest.mark.parametrize("path", CASES, ids=lambda path: path.name)
+def test_recorded(path, one_device):
+    with jax.set_mesh(one_device):
+        found = compare(path, one_device)
+        print(found)
+        assert_alike(found)
+
+
+def export(path: Path, workdir: Path, target: Path) -> None:
+    hub.import_model(path, workdir, "auto")
+    hub.export_model(workdir, target, None, "auto", 10**9, "weights")
+
+
+@pytest.mark.parametrize("path", CASES, ids=lambda path: path.name)
+def test_export_gives_back_what_was_imported(path, tmp_path):
+    export(path, tmp_path / "workdir", tmp_path / "exported")
+    before, after = open_directory(path), open_directory(tmp_path / "exported")
+    assert before.keys() == after.keys()
+    for name, tensor in before.items():
+        assert tensor.spec == after[name].spec
+        assert np.array_equal(tensor.view(), after[name].view()), name
+    assert hub.Opened(tmp_path / "exported").model == hub.Opened(path).model
+
+
+PUBLISHED = {
+    "vit-b16": 86_567_656,
+    "vit-l16": 304_326_632,
+    "vit-h14": 632_045_800,
+    "resnet-50": 25_557_032,
+}
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_published_configurations_have_the_published_number_of_parameters(name):
+    options = json.loads((HERE / "vision_configs" / f"{name}.json").read_text())
+    model = family_of(options).read(options).placed("cpu", "float32")
+    sizes = shapes(model).items()
+    assert (
+        sum(math.prod(shape) for path, shape in sizes if not path.endswith((".mean", ".variance"))) == PUBLISHED[name]
+    )
+
+
+# What cannot be computed
+
+
+def refused(case: Case, message: str, name: str = "inputs", **changed: Any) -> None:
+    """The arrays, changed so (None: taken away), are refused in one line with these words."""
+    arrays = {n: a for n, a in (case.arrays[name] | changed).items() if a is not None}
+    with pytest.raises(UserError) as caught:
+        case.module.checked(case.model, arrays, case.opened.generation)
+    assert message in str(caught.value) and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("family", ["vit", "resnet"])
+def test_images_and_labels_that_do_not_fit_are_refused(family, one_device):
+    case = opened(HERE / "vision_cases" / f"{family}_0", one_device)
+    images = case.arrays["inputs"]["pixel_values"]
+    refused(case, "pixel_values is missing", pixel_values=None)
+    rows = len(images)
+    refused(case, "pixel_values is float32[2, 16, 16, 3]", pixel_values=np.zeros((2, 16, 16, 3), np.float32))
+    refused(case, "must be floats [images, 3, height, width]", pixel_values=images.astype(np.int32))
+    refused(case, "must be floats [images, 3, height, width]", pixel_values=images[0])
+    refused(case, f"labels is int32[5]; must be integers [{rows}]", labels=np.zeros(5, np.int32))
+    refused(case, "labels from 0 to 9: valid: 0 to", labels=9 * np.eye(rows, dtype=np.int32)[0])
+    refused(case, "'pixels' is not supported; valid: pixel_values, labels", pixels=images)
+    for new, options in ((3, {}), (0, {"problem_type": "regression"})):
+        with pytest.raises(UserError, match="new_tokens=3|problem_type='regression'"):
+            case.module.run(case.model, case.weights, case.arrays["inputs"], new, options)
+
+
+def test_a_vit_takes_another_size_only_where_it_is_told_to(one_device):
+    case = opened(HERE / "vision_cases" / "vit_0", one_device)
+    large = np.zeros((3, 3, 24, 16), np.float32)
+    refused(case, "images must be 16 x 16; give interpolate_pos_encoding", pixel_values=large)
+    assert case.checked(pixel_values=large, interpolate_pos_encoding=np.True_)["pixel_values"].shape == (3, 24, 16, 3)
+    uneven = {"pixel_values": large[..., :-1], "interpolate_pos_encoding": np.True_}
+    refused(case, "multiples of a patch's 4 x 4", **uneven)
+    refused(
+        case,
+        "interpolate_pos_encoding is int64[2]; must be one true or false",
+        interpolate_pos_encoding=np.ones(2, int),
+    )
+
+
+# Fresh ones
+
+
+@pytest.fixture(scope="module")
+def fresh(tmp_path_factory: pytest.TempPathFactory, peers: Callable[..., str]) -> list[Path]:
+    """Three new models of each family."""
+    out, seed = tmp_path_factory.mktemp("fresh"), time.time_ns() % 10**9
+    print(f"seed {seed}")
+    peers("record_vision.py", f"--out={out}", f"--seed={seed}", f"--families={','.join(MODULES)}")
+    return sorted(path.parent for path in out.glob("*/case.json"))
+
+
+def test_fresh(fresh, one_device):
+    with jax.set_mesh(one_device):
+        for path in fresh:
+            print(path.name)
+            assert_alike(compare(path, one_device))
+
+
+def test_exported_directories_load_in_transformers(fresh, peers, tmp_path):
+    for path in fresh:
+        export(path, tmp_path / path.name, path / "exported")
+    errors = json.loads(peers("record_vision.py", f"--check={fresh[0].parent}"))
+    assert errors.keys() == {path.name for path in fresh}
+    assert max(errors.values()) <= 1e-6, errors
