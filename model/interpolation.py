@@ -1,7 +1,7 @@
 """Resampling along one axis as a matrix: a resized array is its product with one matrix per axis. numpy only.
 
-Output i of m is centred at (i + 1/2) n / m - 1/2 of the n inputs, and inputs beyond the edge are the edge's, as torch has
-it with align_corners=False. Bicubic weights are Keys' kernel (IEEE TASSP 29:1153, equation 15).
+Output i of m is centred at (i + 1/2) n / m - 1/2 of the n inputs, and inputs beyond the edge are the edge's, as torch
+has it with align_corners=False. Bicubic weights are Keys' kernel (IEEE TASSP 29:1153, equation 15).
 """
 
 from __future__ import annotations

@@ -58,9 +58,7 @@ class VisionConfig:
     norm_eps: float = 1e-6
     init: str = "xavier"
     positions: str = "learned"  # of a vit: learned, sincos, rope (both in two dimensions), none
-    position_slack: float = (
-        0.0  # what learned positions are resampled for: so many patches of a side more (Idefics: 0.1)
-    )
+    position_slack: float = 0.0  # added to the patches of a side where learned positions are resampled (Idefics: 0.1)
     rope_theta: float = 10_000.0
     class_token: bool = False
     patch_bias: bool = True

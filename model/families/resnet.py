@@ -63,7 +63,7 @@ def write(model: ModelConfig) -> dict[str, Any]:
     return write_labels(model) | {
         "num_channels": vision.channels,
         "hidden_sizes": list(vision.widths),
-        "depths": list(vision.depths),
+        "depths": list(vision.depths[: len(vision.widths)]),  # A model that is no ResNet may have more.
         "layer_type": vision.block,
         "embedding_size": vision.stem_width,
         "hidden_act": word(ACTIVATIONS, vision.conv_activation),

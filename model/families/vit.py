@@ -90,12 +90,10 @@ def read_labels(config: dict[str, Any]) -> int:
 def write(model: ModelConfig) -> dict[str, Any]:
     """ModelConfig -> config.json."""
     vision = model.vision
-    sides = {
-        "image_size": (vision.image_size, vision.image_width),
-        "patch_size": (vision.patch_size, vision.patch_width),
-    }
+    image, patch = (vision.image_size, vision.image_width), (vision.patch_size, vision.patch_width)
     return write_labels(model) | {
-        **{name: [height, width] if width else height for name, (height, width) in sides.items()},
+        "image_size": list(image) if image[1] else image[0],
+        "patch_size": list(patch) if patch[1] else patch[0],
         "num_channels": vision.channels,
         "num_hidden_layers": vision.layers,
         "hidden_size": vision.embed_dim,
@@ -111,8 +109,8 @@ def write(model: ModelConfig) -> dict[str, Any]:
 
 
 def write_labels(model: ModelConfig) -> dict[str, Any]:
-    """The labels' names, which are numbers."""
-    names = {str(i): f"LABEL_{i}" for i in range(model.labels)}
+    """The labels' names, which are numbers; one of a model that has none, and that is then found to be another."""
+    names = {str(i): f"LABEL_{i}" for i in range(max(1, model.labels))}
     return {"id2label": names, "label2id": {name: int(i) for i, name in names.items()}}
 
 
@@ -193,9 +191,10 @@ def labels(config: ModelConfig, inputs: dict[str, np.ndarray], options: dict[str
     if "labels" not in inputs:
         return {}
     array, rows = inputs["labels"], len(inputs["pixel_values"])
-    if config.labels == 1 or options.get("problem_type") not in (None, "single_label_classification"):
+    kind = options.get("problem_type") or "single_label_classification"
+    if config.labels == 1 or kind != "single_label_classification":
         raise UserError(
-            f"inputs: labels: problem_type={options.get('problem_type')!r} with {config.labels} labels is not supported; "
+            f"inputs: labels: problem_type={kind!r} with {config.labels} labels is not supported; "
             "valid: 'single_label_classification' with several"
         )
     if array.shape != (rows,) or array.dtype.kind not in "iu":

@@ -163,7 +163,8 @@ def refused(case: Case, message: str, name: str = "inputs", **changed: Any) -> N
     arrays = {n: a for n, a in (case.arrays[name] | changed).items() if a is not None}
     with pytest.raises(UserError) as caught:
         case.module.checked(case.model, arrays, case.opened.generation)
-    assert message in str(caught.value) and "\n" not in str(caught.value)
+    assert message in str(caught.value)
+    assert "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize("family", ["vit", "resnet"])
@@ -179,7 +180,7 @@ def test_images_and_labels_that_do_not_fit_are_refused(family, one_device):
     refused(case, "labels from 0 to 9: valid: 0 to", labels=9 * np.eye(rows, dtype=np.int32)[0])
     refused(case, "'pixels' is not supported; valid: pixel_values, labels", pixels=images)
     for new, options in ((3, {}), (0, {"problem_type": "regression"})):
-        with pytest.raises(UserError, match="new_tokens=3|problem_type='regression'"):
+        with pytest.raises(UserError, match=r"new_tokens=3|problem_type='regression'"):
             case.module.run(case.model, case.weights, case.arrays["inputs"], new, options)
 
 
