@@ -169,7 +169,7 @@ class Transformer(nnx.Module):
             h = h if self.embedding_scale == 1.0 else h * self.embedding_scale
             if images is not None:
                 place, source = place._replace(blocks=images.blocks(self.mask)), self.vision(images)
-                source = source._replace(queries=images.queries(place))
+                source = images.looked_at(source, place)
                 h = merged(h, source.hidden, images.slots) if self.fusion == "merge" else h
             if self.position_embedding is not None:
                 h = h + self.position_embedding(positions)

@@ -43,10 +43,18 @@ class Images(NamedTuple):
     seen: jax.Array  # [B, T] int32, images of the row up to and with this token
     given: jax.Array  # [B, T] int32, 1 where a token is given, 0 where it is to be answered
     positions: jax.Array | None = None  # [B, M, 2] int32, row and column of a packed patch; None: images of one size
+    visible: jax.Array | None = None  # [B, T, N] bool, images that a token looks at (cross); None: as vision.sees says
 
     def queries(self, place: Place) -> Place:
         """Where tokens at `place` stand among the images: at the last one that they have seen."""
         return Place(place.segments, self.seen - 1)
+
+    def looked_at(self, source: Source, place: Place) -> Source:
+        """The images' vectors as tokens at `place` see them: by `visible`, or by where they stand among the images."""
+        if self.visible is None:
+            return source._replace(queries=self.queries(place))
+        vectors = source.place.segments.shape[1] // self.visible.shape[2]
+        return source._replace(mask=jnp.repeat(self.visible, vectors, axis=2))
 
     def blocks(self, mask: str) -> jax.Array | None:
         """[B, T] int32, tokens that see each other both ways under vision.mask; None: causal alone."""
