@@ -145,7 +145,7 @@ def decode_error(fields: dict[str, Any]) -> float:
     place = Place(np.ones_like(tokens), np.broadcast_to(np.arange(96, dtype=np.int32), tokens.shape))
     model = bind(graphdef, weights)
     wanted = jax.jit(lambda t: model.head(model(t, place)[0]))(tokens)
-    cache, logits = jax.jit(lambda t: prefill(model, config, t, np.full(2, 64), 96))(tokens[:, :64])
+    cache, logits = jax.jit(lambda t: prefill(model, config, t, np.full(2, 64), 96)[:2])(tokens[:, :64])
     step = jax.jit(lambda cache, t, p: advance(model, cache, t, p))
     found = [logits]
     for i in range(64, 95):

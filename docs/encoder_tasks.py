@@ -243,7 +243,7 @@ def measure(task: Task, name: str, run: pathlib.Path) -> tuple[float, str, float
     trained = open_checkpoint(run)
     experiment = trained.experiment
     data = experiment.data
-    corpus = pipeline.load(data, tokenizer=trained.tokenizer, objective=name, labels=experiment.model.labels)
+    corpus = pipeline.load(data, tokenizer=trained.tokenizer, objective=name, model=experiment.model)
     transform = pipeline.row_transform(experiment, corpus, held_out=True)
     batches = list(pipeline.held_out_batches(corpus, data, data.batch_size, transform=transform))
     if name == "sequence_to_sequence":

@@ -26,6 +26,7 @@ from model.encoder_decoder import EncoderDecoder, decoder_config
 from model.sampling import Sampling, draw
 from model.stack import unstack
 from model.transformer import Transformer, Weights, bind
+from model.vision import Images
 from tpu.errors import UserError
 
 NO_TOKEN = -1
@@ -41,18 +42,31 @@ class Rows(NamedTuple):
     finished: jax.Array  # [B] bool
     seen: jax.Array  # [B, V] bool, tokens of prompt and output, for the repetition penalty
     keys: jax.Array  # [B] random keys
-    source: Source | None = None  # the place of what an encoder read; its keys and values are in the cache
+    source: Source | None = None  # the place of what an encoder saw or read; its keys and values are in the cache
+    shift: jax.Array | None = None  # [B] int32, how far turning is ahead of the order of tokens (M-RoPE)
 
 
 Drawn = tuple[Rows, jax.Array, jax.Array]  # rows, tokens [B, C] int32, log-probabilities [B, C] float32
 
 
+class Sight(NamedTuple):
+    """What the prompts show: their images, and with model.rope_sections where their tokens are turned to."""
+
+    images: Images | None = None
+    positions: jax.Array | None = None  # [B, T, 3] int32
+    shift: jax.Array | None = None  # [B] int32, what follows is turned to its place in the text plus this
+
+
+NOTHING_SEEN = Sight()
+
+
 class Decoder(NamedTuple):
     """The compiled functions of one model.
 
-    start(weights, tokens, lengths, sampling, keys, max_tokens, slots) -> Drawn, with C = 1:
+    start(weights, tokens, lengths, sampling, keys, max_tokens, slots, sight) -> Drawn, with C = 1:
       tokens [B, T] and lengths [B] from `pad_prompts`, keys [B] from `row_keys`, max_tokens [B] int32 at least 1;
-      slots, a Python integer, at least T and the longest length + max_tokens (see `slots_for`).
+      slots, a Python integer, at least T and the longest length + max_tokens (see `slots_for`); sight, what is seen;
+      nothing if left out.
     decode(weights, rows, sampling, chunk) -> Drawn, with C = chunk, a Python integer: `rows` are donated.
 
     Weights are those of `decoding_weights`. Tokens are NO_TOKEN where a row had ended before. Log-probabilities are
@@ -64,15 +78,29 @@ class Decoder(NamedTuple):
 
 
 def prefill(
-    model: Transformer, config: ModelConfig, tokens: jax.Array, lengths: jax.Array, slots: int
-) -> tuple[Cache, jax.Array]:
-    """Reads right-padded prompts, tokens [B, T] of lengths [B]: a cache of `slots`, the last tokens' logits [B, V]."""
+    model: Transformer,
+    config: ModelConfig,
+    tokens: jax.Array,
+    lengths: jax.Array,
+    slots: int,
+    sight: Sight = NOTHING_SEEN,
+) -> tuple[Cache, jax.Array, Source | None]:
+    """Reads right-padded prompts, tokens [B, T] of lengths [B].
+
+    Returns a cache of `slots`, the last tokens' logits [B, V], and where images are that the next tokens look at.
+    """
     positions = jnp.broadcast_to(jnp.arange(tokens.shape[1], dtype=jnp.int32), tokens.shape)
     # Padding lies in slots of segment 0, which no token sees and which the generated tokens overwrite.
     place = Place((positions < lengths[:, None]).astype(jnp.int32), positions)
-    hidden, cache = model(tokens, place, empty_cache(config, tokens.shape[0], slots))  # [B, T, D]
+    cache, images = empty_cache(config, tokens.shape[0], slots), sight.images
+    hidden, cache = model(tokens, place, cache, images=images, positions=sight.positions)  # [B, T, D]
     last = jnp.take_along_axis(hidden, (lengths - 1)[:, None, None], axis=1)[:, 0]  # [B, D]
-    return cache, model.head(last)
+    source = None
+    if images is not None and config.fusion != "merge":
+        vectors = config.vision.vectors_of(*images.pixels.shape[2:4])
+        images, ones = images.of_token(lengths - 1), jnp.ones_like(lengths)[:, None]
+        source = images.looked_at(Source(None, model.vision.places(images, vectors)), Place(ones, ones))
+    return cache, model.head(last), source
 
 
 def prefill_decoder(
@@ -92,10 +120,15 @@ def advance(
     tokens: jax.Array,
     positions: jax.Array,
     source: Source | None = None,
+    shift: jax.Array | None = None,
 ) -> tuple[Cache, jax.Array]:
-    """Reads one token [B] per row at positions [B]: the cache with it, the logits [B, V] of what follows it."""
+    """Reads one token [B] per row at positions [B]: the cache with it, the logits [B, V] of what follows it.
+
+    source, shift: as in `Rows`.
+    """
     place = Place(jnp.ones_like(positions)[:, None], positions[:, None])
     read = {} if source is None else {"source": source}
+    read |= {} if shift is None else {"positions": (positions + shift)[:, None]}
     hidden, cache = model(tokens[:, None], place, cache, **read)  # [B, 1, D]
     return cache, model.head(hidden[:, 0])
 
@@ -106,8 +139,11 @@ def make_decoder(config: ModelConfig, graphdef: nnx.GraphDef, vocab_size: int, e
     A row ends with the token `end_of_document`. An encoder-decoder reads the prompts with its encoder; what its decoder
     writes begins after `config.start_token`, and stands at positions of its own. An encoder alone cannot generate.
     """
-    if config.kind == "encoder":
-        raise UserError("model.kind='encoder': generates no text; valid: decoder, encoder_decoder")
+    if config.kind not in ("decoder", "encoder_decoder") or config.fusion == "contrastive":
+        raise UserError(
+            f"model.kind={config.kind!r}, model.fusion={config.fusion!r}: generates no text; valid: decoder, "
+            "encoder_decoder, and any fusion but contrastive"
+        )
     start_token = end_of_document if config.start_token < 0 else config.start_token
 
     def draw_next(rows: Rows, logits: jax.Array, sampling: Sampling) -> Drawn:
@@ -135,16 +171,17 @@ def make_decoder(config: ModelConfig, graphdef: nnx.GraphDef, vocab_size: int, e
         keys: jax.Array,
         max_tokens: jax.Array,
         slots: int,
+        sight: Sight = NOTHING_SEEN,
     ) -> Drawn:
-        model, source = bind(graphdef, weights), None
+        model = bind(graphdef, weights)
         b, t = tokens.shape
         if config.kind == "decoder":
-            cache, logits = prefill(model, config, tokens, lengths, slots)
+            cache, logits, source = prefill(model, config, tokens, lengths, slots, sight)
         else:
             cache, logits, source = prefill_decoder(model, config, tokens, lengths, slots, start_token)
-        if source is not None:  # The output alone counts from here on.
+        if config.kind == "encoder_decoder":  # The output alone counts from here on.
             lengths = jnp.ones_like(lengths)
-        in_prompt = (jnp.arange(t) < lengths[:, None]) & (source is None)  # [B, T]
+        in_prompt = (jnp.arange(t) < lengths[:, None]) & (config.kind == "decoder")  # [B, T]
         seen = jnp.zeros((b, vocab_size), bool).at[jnp.arange(b)[:, None], tokens].max(in_prompt)
         rows = Rows(
             cache=cache,
@@ -156,6 +193,7 @@ def make_decoder(config: ModelConfig, graphdef: nnx.GraphDef, vocab_size: int, e
             seen=seen.at[:, end_of_document].set(False),
             keys=keys,
             source=source,
+            shift=sight.shift,
         )
         rows, drawn, logprobs = draw_next(rows, logits, sampling)
         return rows, drawn[:, None], logprobs[:, None]
@@ -170,7 +208,7 @@ def make_decoder(config: ModelConfig, graphdef: nnx.GraphDef, vocab_size: int, e
 
         def one_token(carry: tuple) -> tuple:
             index, (rows, tokens, logprobs) = carry
-            cache, logits = advance(model, rows.cache, rows.tokens, rows.positions, rows.source)
+            cache, logits = advance(model, rows.cache, rows.tokens, rows.positions, rows.source, rows.shift)
             rows, drawn, logprob = draw_next(rows._replace(cache=cache), logits, sampling)
             return index + 1, (rows, tokens.at[:, index].set(drawn), logprobs.at[:, index].set(logprob))
 

@@ -2,6 +2,7 @@
 
 # No postponed annotations here: ml_collections reads the fields' types as they stand.
 import dataclasses
+import math
 
 from tpu.errors import UserError
 
@@ -242,6 +243,11 @@ class VisionConfig:
     @property
     def vectors(self) -> int:
         """Vectors that an image of image_size gives to the text."""
+        return self.vectors_of(self.image_size, self.image_width or self.image_size)
+
+    def vectors_of(self, height: int, width: int) -> int:
+        """Vectors that an image of so many pixels gives to the text."""
         if self.connector == "perceiver":
             return self.latents
-        return (self.grid // self.shrink) * (self.columns // self.shrink) + self.keep_class
+        sides = height // self.reduction, width // self.reduction_across
+        return math.prod(side // self.shrink for side in sides) + self.keep_class

@@ -24,11 +24,13 @@ from absl import flags
 
 from tpu.errors import UserError
 from train import entry
+from train.data.conversation import IMAGE, Conversation, Turn
 
 if TYPE_CHECKING:
     from model.config import ModelConfig
     from model.decode import Decoder
     from model.transformer import Weights
+    from train.config import DataConfig
     from train.data.tokenizer import Tokenizer
 
 if __name__ == "__main__":
@@ -36,6 +38,9 @@ if __name__ == "__main__":
     flags.DEFINE_string("base", None, "of an adapter's checkpoint: where its base lies now; default: where it was")
     flags.DEFINE_multi_string("prompt", [], "text to continue; may be given several times; none: from the start")
     flags.DEFINE_string("prompt_file", None, "file with one more prompt, taken as it stands; -: standard input")
+    flags.DEFINE_multi_string(
+        "image", [], "file that the prompt is about; may be given several times, in the order of <image> in the prompt"
+    )
     flags.DEFINE_integer("max_tokens", 128, "most tokens to generate")
     flags.DEFINE_integer("samples", 1, "continuations of each prompt")
     flags.DEFINE_float("temperature", 1.0, "divides the logits; 0: always the most probable token")
@@ -66,6 +71,7 @@ class Request:
     """What one row asks for; the fields mean what the flags of the same name do."""
 
     prompt: str = ""
+    images: tuple[str, ...] = ()  # files; they stand where the prompt says <image>, or before it
     number: int = 0  # of the sample: requests that differ only in it give different texts
     seed: int = 0
     max_tokens: int = 128
@@ -181,6 +187,19 @@ def prompt_tokens(tokenizer: Tokenizer, prompt: str) -> list[int]:
     return [tokenizer.beginning, *tokenizer.encode(prompt)]
 
 
+def conversation(request: Request) -> Conversation:
+    """The prompt as what a user says, with its images where it says <image>, or before it. Raises UserError."""
+    prompt, placed = request.prompt, request.prompt.count(IMAGE)
+    if request.images and not placed:
+        prompt = IMAGE * len(request.images) + prompt
+    elif placed != len(request.images):
+        raise UserError(f"prompt: {placed} {IMAGE} in it, and {len(request.images)} --image; must be as many")
+    for path in request.images:
+        if not pathlib.Path(path).is_file():
+            raise UserError(f"image={path}: no such file")
+    return Conversation("prompt", (Turn("user", prompt), Turn("assistant", "")), request.images)
+
+
 def check_length(config: ModelConfig, prompt_length: int, max_tokens: int) -> None:
     """Raises UserError where a prompt of so many tokens and its continuation do not fit the learned positions."""
     if config.positions == "learned" and prompt_length + max_tokens > config.max_positions:
@@ -200,23 +219,33 @@ def complete(
     requests: Sequence[Request],
     show: Callable[[list[Completion]], None] = lambda completions: None,
     chunk: int = CHUNK,
+    data: DataConfig | None = None,
 ) -> list[Completion]:
     """Generates for all requests at once; each result is that of the request alone.
 
     Args:
       decoder, weights: of `model.decode.make_decoder` and `decoding_weights`, for this config and tokenizer.
       show: called with all completions after every `chunk` tokens, and at the end.
+      data: of a model that was trained on conversations, how its rows were made; None: prompts are plain text.
 
     Raises UserError for a request out of range or too long for the model.
     """
     import numpy as np
 
-    from model.decode import NO_TOKEN, pad_prompts, row_keys, slots_for
+    from model.decode import NO_TOKEN, Sight, pad_prompts, row_keys, slots_for
     from model.sampling import Sampling
+    from train.answers import seen
+    from train.data.assemble import tokenize
+    from train.data.conversations import assembly_of
 
     for request in requests:
         request.check()
-    prompts = [prompt_tokens(tokenizer, request.prompt) for request in requests]
+    asked = [conversation(request) for request in requests]
+    if data is None:
+        prompts = [prompt_tokens(tokenizer, request.prompt) for request in requests]
+    else:
+        runs = [tokenize(one, tokenizer, assembly_of(data, config), answer=False) for one in asked]
+        prompts = [run.ids for run in runs]
     for request, prompt in zip(requests, prompts, strict=True):
         check_length(config, len(prompt), request.max_tokens)
 
@@ -229,7 +258,8 @@ def complete(
     keys = row_keys(column("seed", np.uint32), column("number", np.uint32))
     slots = slots_for(tokens.shape[1], int((lengths + max_tokens).max()))
     completions = [Completion(*of_row, tokenizer) for of_row in zip(requests, prompts, strict=True)]
-    rows, drawn, logprobs = decoder.start(weights, tokens, lengths, sampling, keys, max_tokens, slots)
+    sight = Sight() if data is None else seen(asked, runs, data, config, tokens.shape[1])
+    rows, drawn, logprobs = decoder.start(weights, tokens, lengths, sampling, keys, max_tokens, slots, sight)
     while True:
         for completion, *of_row in zip(completions, np.asarray(drawn), np.asarray(logprobs), strict=True):
             for token, logprob in zip(*of_row, strict=True):
@@ -251,6 +281,7 @@ def main() -> int:
     if options.json and not pathlib.Path(options.json).absolute().parent.is_dir():
         raise UserError(f"json={options.json}: its directory does not exist")
     shared = {f.name: getattr(options, f.name) for f in dataclasses.fields(Request) if f.name in options}
+    shared["images"] = tuple(options.image)
     prompts = [*options.prompt, *([_read(options.prompt_file)] if options.prompt_file else [])] or [""]
     requests = [
         Request(**(shared | {"prompt": prompt, "stop": tuple(options.stop), "number": number}))
@@ -270,7 +301,10 @@ def main() -> int:
         # One row at a time, products wait for memory: bfloat16 gains nothing on CPU.
         dtype = "float32" if options.compute_dtype == "auto" else options.compute_dtype
         config = dataclasses.replace(config, compute_dtype=dtype)
-    context = trained.experiment.data.context
+    talks = trained.experiment.objective.name == "conversation"
+    if options.image and (config.fusion == "none" or not talks):
+        raise UserError(f"image={options.image[0]}: the model of {step_dir} answers no questions about images")
+    data, context = trained.experiment.data, trained.experiment.data.context
     longest = max(len(prompt_tokens(tokenizer, prompt)) for prompt in prompts) + options.max_tokens
     if longest > context and config.positions != "learned":
         log.warning("up to %d tokens with the prompt, but the model was trained on rows of %d", longest, context)
@@ -280,7 +314,7 @@ def main() -> int:
     start = time.monotonic()
     streaming = len(requests) == 1
     show = _streamer() if streaming else lambda completions: None
-    completions = complete(decoder, weights, config, tokenizer, requests, show)
+    completions = complete(decoder, weights, config, tokenizer, requests, show, data=data if talks else None)
     seconds = time.monotonic() - start
     _print(completions, streaming, options.logprobs)
     count = sum(len(completion.tokens) for completion in completions)

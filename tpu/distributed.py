@@ -266,8 +266,10 @@ def rows_here(sharding: Any, shape: tuple[int, ...]) -> list[int]:
     return sorted({row for part in parts for row in range(*part[0].indices(shape[0]))})
 
 
-def assemble(batch: Any, sharding: Any, rows: Sequence[int], batch_size: int) -> Any:
+def assemble(batch: Any, layout: Any, rows: Sequence[int], batch_size: int) -> Any:
     """The global arrays [B, ...] of which this process has the rows `rows`, from a tree of numpy arrays [L, ...].
+
+    layout: a tree of the same form, how each array lies.
 
     A lone process's arrays are returned as they are: the compiled step lays them out faster.
     """
@@ -275,7 +277,7 @@ def assemble(batch: Any, sharding: Any, rows: Sequence[int], batch_size: int) ->
         return batch
     import jax
 
-    def whole(local: Any) -> Any:
+    def whole(local: Any, sharding: Any) -> Any:
         def part(index: tuple[slice, ...]) -> Any:
             start, stop, _ = index[0].indices(batch_size)
             first = bisect.bisect_left(rows, start)
@@ -283,4 +285,4 @@ def assemble(batch: Any, sharding: Any, rows: Sequence[int], batch_size: int) ->
 
         return jax.make_array_from_callback((batch_size, *local.shape[1:]), sharding, part)
 
-    return jax.tree.map(whole, batch)
+    return jax.tree.map(whole, batch, layout)

@@ -78,12 +78,13 @@ def drawn_batch(experiment: Experiment) -> Batch:
 
     rng = np.random.default_rng(0)
     below = {"tokens": experiment.model.vocab_size, "inputs": experiment.model.vocab_size}
+    below["images"] = 256
     below["targets"] = experiment.model.labels or experiment.model.vocab_size
 
     def draw(name: str, leaf: Any) -> np.ndarray | None:
         if leaf is None:
             return None
-        if name in ("loss_weights", "segments", "input_segments"):
+        if name in ("loss_weights", "segments", "input_segments", "image_segments"):
             return np.ones(leaf.shape, leaf.dtype)
         if name == "positions":
             return np.broadcast_to(np.arange(leaf.shape[1], dtype=leaf.dtype), leaf.shape)

@@ -34,6 +34,13 @@ class DataConfig:
     label_field: str = "label"  # of labelled records (train.data.labelled)
     pair_field: str = ""  # of labelled records: a second text, such as a question about the first; "": there is none
     target_context: int = 0  # tokens of a sequence_to_sequence target; 0: data.context
+    images: int = 1  # images per row, at most (of a model that sees); train.data.conversations says what is read
+    image_fit: str = "squash"  # what makes an image square: squash, pad or crop (train.data.resize)
+    image_field: str = "image"  # of TensorFlow Datasets records
+    caption_field: str = "caption"  # of TensorFlow Datasets and of the JSON of tar shards
+    user_format: str = "{}\n"  # what is given of a conversation, {} standing for the text
+    assistant_format: str = "{}"  # what is answered; the end of the document follows
+    max_bad_fraction: float = 0.01  # of the records read, that may be left out because they cannot be read
 
 
 # What objective.name may be, and the model.kind and model.head that it trains.
@@ -54,6 +61,9 @@ OBJECTIVES = {
 # Objectives that read labelled records, and of these the ones whose head gives labels instead of tokens.
 LABELLED = ("classification", "regression", "multi_label", "token_classification", "span", "sequence_to_sequence")
 LABEL_HEADS = LABELLED[:-1]
+# Objectives that read conversations about images, and of these the ones that score by right answers.
+CONVERSATIONS = ("conversation", "contrastive", "image_classification")
+SCORED = (*LABEL_HEADS, *CONVERSATIONS[1:])
 
 
 @dataclasses.dataclass
@@ -102,7 +112,9 @@ class OptimizerConfig:
     beta2: float = 0.95
     eps: float = 1e-8
     weight_decay: float = 0.1
-    no_decay: tuple[str, ...] = ("norm", "bias", "embedding")  # weights whose path holds one of these
+    # weights whose path holds one of these
+    no_decay: tuple[str, ...] = ("norm", "bias", "embedding", "_token", "_gate", "latents", "probe", "logit_scale")
+    frozen: tuple[str, ...] = ()  # weights whose path one of these patterns is found in stay bitwise as they are
     clip_norm: float = 1.0  # 0: no clipping
     accumulation: int = 1  # micro-batches per step
     ema_decay: float = 0.0  # 0: no moving average of the weights
@@ -147,6 +159,9 @@ class RunConfig:
 
     steps: int = 1000
     seed: int = 0
+    start: tuple[
+        str, ...
+    ] = ()  # checkpoints whose weights are taken where path and shape agree; the first that has one
     eval_every: int = 250  # 0: only at the end
     eval_batches: int = 0  # 0: the whole held-out set
     save_every: int = 250  # 0: only at the end
@@ -310,12 +325,14 @@ def _check_objective(experiment: Experiment) -> None:
     model, objective, data = experiment.model, experiment.objective, experiment.data
     _one_of("objective.name", objective.name, tuple(OBJECTIVES))
     kind, head = OBJECTIVES[objective.name]
+    kinds = (kind, "encoder") if objective.name == "contrastive" else (kind,)
     for field, wanted in (("kind", kind), ("head", head)):
-        if getattr(model, field) != wanted:
+        if getattr(model, field) not in (kinds if field == "kind" else (head,)):
             raise UserError(
                 f"model.{field}={getattr(model, field)!r}: objective.name={objective.name!r} trains "
                 f"model.{field}={wanted!r}"
             )
+    _check_sight(experiment)
     if objective.name == "span" and model.labels != 2:
         raise UserError(f"model.labels={model.labels}: objective.name='span' needs 2, the first token and the last")
     if model.next_sentence and (model.token_types < 2 or data.context < 2):
@@ -338,6 +355,42 @@ def _check_objective(experiment: Experiment) -> None:
         )
     if data.target_context < 0:
         raise UserError(f"data.target_context={data.target_context}: must not be negative")
+
+
+def _check_sight(experiment: Experiment) -> None:
+    """Raises UserError where images, objective and rows do not go together."""
+    model, objective, data = experiment.model, experiment.objective, experiment.data
+    _at_least(1, {"data.images": data.images})
+    _one_of("data.image_fit", data.image_fit, ("squash", "pad", "crop"))
+    if not 0.0 <= data.max_bad_fraction <= 1.0:
+        raise UserError(f"data.max_bad_fraction={data.max_bad_fraction}: must be between 0 and 1")
+    for field in ("user_format", "assistant_format"):
+        if getattr(data, field).count("{}") != 1:
+            raise UserError(f"data.{field}={getattr(data, field)!r}: must hold {{}} once, where the text stands")
+    if (objective.name == "contrastive") != (model.fusion == "contrastive"):
+        raise UserError(
+            f"objective.name={objective.name!r}: model.fusion={model.fusion!r}; 'contrastive' goes with 'contrastive'"
+        )
+    if model.fusion not in ("none", "contrastive") and objective.name != "conversation":
+        raise UserError(
+            f"objective.name={objective.name!r}: model.fusion={model.fusion!r} reads images in conversations; give "
+            "objective.name='conversation'"
+        )
+    if objective.name == "contrastive":
+        if data.batch_size == 1:
+            raise UserError(
+                "data.batch_size=1: objective.name='contrastive' compares the rows of a batch; give 2 or more"
+            )
+        if experiment.optimizer.accumulation > 1 or experiment.optimizer.local_steps:
+            raise UserError(
+                f"optimizer.accumulation={experiment.optimizer.accumulation}: objective.name='contrastive' compares "
+                "all rows of a batch with each other; give 1, and optimizer.local_steps=0"
+            )
+    if objective.name == "conversation" and model.fusion == "merge" and data.context <= model.vision.vectors:
+        raise UserError(
+            f"data.context={data.context}: one image takes {model.vision.vectors} tokens; give more, or a larger "
+            "model.vision.patch_size or a connector that makes fewer of them"
+        )
 
 
 def _check_memory(experiment: Experiment) -> None:
@@ -380,11 +433,16 @@ def _check_adapter(experiment: Experiment) -> None:
         raise UserError(f"adapter.alpha={adapter.alpha}: must be positive")
     if not adapter.targets:
         raise UserError("adapter.targets=(): name at least one pattern, such as 'attention'")
-    for pattern in adapter.targets:
-        try:
-            re.compile(pattern)
-        except re.error as error:
-            raise UserError(f"adapter.targets: {pattern!r} is no regular expression: {error}") from error
+    for field, patterns in (("adapter.targets", adapter.targets), ("optimizer.frozen", experiment.optimizer.frozen)):
+        for pattern in patterns:
+            try:
+                re.compile(pattern)
+            except re.error as error:
+                raise UserError(f"{field}: {pattern!r} is no regular expression: {error}") from error
+    if adapter.kind != "none" and (experiment.optimizer.frozen or experiment.run.start):
+        raise UserError(
+            "optimizer.frozen, run.start: not with an adapter, whose base is frozen and given; leave them out"
+        )
     if adapter.kind != "none" and experiment.optimizer.local_steps:
         raise UserError(
             f"optimizer.local_steps={experiment.optimizer.local_steps}: not with adapter.kind={adapter.kind!r}; give 0"

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 from absl import flags
 
 from train import entry
-from train.config import LABEL_HEADS
+from train.config import SCORED
 
 if TYPE_CHECKING:
     from tpu.watchdog import Watchdog
@@ -33,6 +33,7 @@ if __name__ == "__main__":
     flags.DEFINE_integer("batches", 0, "evaluate only so many batches; 0: all held-out documents", lower_bound=0)
     flags.DEFINE_boolean("ema", False, "evaluate the moving average of the weights")
     flags.DEFINE_string("json", None, "also write the figures to this file")
+    flags.DEFINE_string("page", None, "of a model that sees: also write its answers to ten questions to this HTML file")
 
 
 def held_out_figures(
@@ -75,7 +76,7 @@ def held_out_figures(
     loss = totals["nll_sum"] / tokens
     if objective == "regression":
         return {"loss": loss}
-    if objective in LABEL_HEADS:
+    if objective in SCORED:
         return {"loss": loss, "accuracy": totals["correct_sum"] / tokens}
     figures = {"loss": loss, "perplexity": math.exp(min(loss, 700.0))}
     if objective != "next_token":
@@ -109,7 +110,9 @@ def main() -> int:
     if not data.holdout:
         raise entry.UserError("data.holdout=0.0: this experiment keeps no held-out documents to evaluate")
     experiment, name = trained.experiment, trained.experiment.objective.name
-    corpus = pipeline.load(data, tokenizer=trained.tokenizer, objective=name, labels=experiment.model.labels)
+    if entry.FLAGS.page and (name != "conversation" or experiment.model.fusion == "none"):
+        raise entry.UserError(f"page={entry.FLAGS.page}: only for a model that answers questions about images")
+    corpus = pipeline.load(data, tokenizer=trained.tokenizer, objective=name, model=experiment.model)
     start = time.monotonic()
     transform = pipeline.row_transform(experiment, corpus, held_out=True)
     batches = pipeline.held_out_batches(corpus, data, data.batch_size, entry.FLAGS.batches, transform=transform)
@@ -117,8 +120,18 @@ def main() -> int:
     figures = held_out_figures(trained.evaluate, trained.weights, batches, corpus, objective=name, memory=memory)
     if name != "next_token":
         print(f"checkpoint {trained.step_dir}, {name}: " + "  ".join(f"{k} {v:.4f}" for k, v in figures.items()))
+        report: dict[str, Any] = {"eval": figures}
+        if name == "conversation" and experiment.model.fusion != "none":
+            from train import sight_report
+
+            report["answers"], said = sight_report.figures(trained, entry.FLAGS.batches * data.batch_size)
+            print("\n".join(sight_report.lines(report["answers"])))
+            if entry.FLAGS.page:
+                page = sight_report.page(experiment.name, report["answers"], said, 10)
+                pathlib.Path(entry.FLAGS.page).write_text(page, encoding="utf-8")
+                print(f"ten of them, with their pictures: {entry.FLAGS.page}")
         if entry.FLAGS.json:
-            pathlib.Path(entry.FLAGS.json).write_text(json.dumps({"eval": figures}, indent=1))
+            pathlib.Path(entry.FLAGS.json).write_text(json.dumps(report, indent=1))
         return 0
     compressed = compressor_figures(pipeline.held_out_documents(data))
     print(f"checkpoint {trained.step_dir}: {corpus.held_out_bytes:,} held-out bytes, {corpus.held_out_tokens:,} tokens")

@@ -77,7 +77,6 @@ def pretrain(experiment: Experiment, workdir: Workdir, stop: Stop, base: Base | 
     on; its weights stay as they are, and are not saved."""
     import jax
 
-    from tpu import rules
     from tpu.mesh import make_mesh
     from tpu.watchdog import Watchdog
     from train import checkpoint, loop
@@ -85,7 +84,8 @@ def pretrain(experiment: Experiment, workdir: Workdir, stop: Stop, base: Base | 
     from train.data import pipeline, tokenizer
     from train.evaluate import held_out_figures
     from train.metrics import ConsoleProgress, MetricsWriter
-    from train.step import TrainState, make_program
+    from train.start import taken_over, tokenizer_of
+    from train.step import TrainState, abstract_batch, batch_layout, make_program
     from train.summary import flops_per_token, parameter_counts
     from train.workdir import versions
 
@@ -95,9 +95,8 @@ def pretrain(experiment: Experiment, workdir: Workdir, stop: Stop, base: Base | 
     model = experiment.model.placed(backend, host.fast_dtype(backend))
     placed = dataclasses.replace(experiment, model=model).on(len(jax.devices()))
     mesh = make_mesh(placed.mesh)
-    shape = (data.batch_size, data.context)
-    layout = rules.sharding(mesh, ("batch", "sequence"), shape)
-    rows = distributed.rows_here(layout, shape)
+    layout = batch_layout(placed, mesh)
+    rows = distributed.rows_here(layout.tokens, abstract_batch(placed).tokens.shape)
 
     def assembled(batches: Iterable[Batch]) -> Iterator[Batch]:
         return (distributed.assemble(batch, layout, rows, data.batch_size) for batch in batches)
@@ -123,8 +122,11 @@ def pretrain(experiment: Experiment, workdir: Workdir, stop: Stop, base: Base | 
             print(f"resuming from step {first_step} in {workdir.path}")
             corpus = _load_corpus(experiment, tokenizer.from_dict(saved_meta["tokenizer"]))
         else:
-            corpus = _load_corpus(experiment, base.tokenizer if base else None)
+            corpus = _load_corpus(experiment, base.tokenizer if base else tokenizer_of(run.start))
             state, first_step = program.init(jax.random.key(run.seed)), 0
+            if run.start:
+                weights = taken_over(state.weights, run.start, mesh)
+                state = program.init(jax.random.key(run.seed), weights)
         special = experiment.objective.special_tokens(data.context)
         tokenizer.check_vocabulary(corpus.tokenizer, model.vocab_size, special)
         for change in workdir.write_experiment(experiment):
@@ -215,7 +217,7 @@ def _load_corpus(experiment: Experiment, saved: Tokenizer | None = None) -> Corp
     """
     from train.data import pipeline, tokenizer
 
-    data, asked = experiment.data, {"objective": experiment.objective.name, "labels": experiment.model.labels}
+    data, asked = experiment.data, {"objective": experiment.objective.name, "model": experiment.model}
     loaded: list[Corpus] = []
 
     def load_first() -> dict[str, Any]:

@@ -8,6 +8,7 @@ Legend: B rows, T tokens per row, A micro-batches.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -20,16 +21,20 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from model import kinds, transformer
 from model.attention import Place
 from model.bert import Bert
+from model.contrastive import Contrastive
 from model.dropout import row_keys
 from model.encoder_decoder import EncoderDecoder
 from model.memory import Memory, empty_memory
 from model.ring_attention import zigzag
 from model.transformer import Transformer, Weights
+from model.vision import ImageClassifier, Images
 from tpu import rules
+from tpu.errors import UserError
 from train import adapter_weights
 from train.balance import Routings, balance_figures, balance_loss, loads, rebalanced, router_z_loss
-from train.config import LABEL_HEADS, Experiment
-from train.data.batch import Batch
+from train.config import LABEL_HEADS, SCORED, Experiment
+from train.contrastive_loss import contrastive_sums
+from train.data.batch import BY_TOKEN, Batch
 from train.label_losses import label_sums
 from train.local_sgd import localize
 from train.loss import cross_entropy
@@ -96,6 +101,12 @@ def abstract_batch(experiment: Experiment) -> Batch:
         tokens, inputs = noise + spans + 1, data.context - noise + spans
     elif objective.name == "sequence_to_sequence":
         tokens = data.target_context or data.context
+    elif objective.name == "image_classification":
+        tokens = 1
+    sees, merges = model.vision.encoder != "none", model.fusion not in ("none", "contrastive")
+    count = data.images if merges else 1
+    size = model.vision.image_size
+    of_image = jax.ShapeDtypeStruct((rows, count, size, size, model.vision.channels), jnp.uint8)
 
     def integers(*shape: int) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(shape, jnp.int32)
@@ -112,6 +123,22 @@ def abstract_batch(experiment: Experiment) -> Batch:
         next_sentence=integers(rows, 1) if model.next_sentence else None,
         inputs=integers(rows, inputs) if model.kind == "encoder_decoder" else None,
         input_segments=integers(rows, inputs) if model.kind == "encoder_decoder" else None,
+        images=of_image if sees else None,
+        image_segments=integers(rows, count) if sees else None,
+        image_slots=whole if merges else None,
+        images_seen=whole if merges else None,
+        given=whole if merges else None,
+    )
+
+
+def batch_layout(experiment: Experiment, mesh: Mesh) -> Batch:
+    """How batches lie on a mesh: all by rows, and what a row has for each of its tokens along the sequence too."""
+    by_token, by_row = (rules.sharding(mesh, names) for names in (("batch", "sequence"), ("batch",)))
+    return Batch(
+        **{
+            name: None if leaf is None else by_token if name in BY_TOKEN else by_row
+            for name, leaf in abstract_batch(experiment)._asdict().items()
+        }
     )
 
 
@@ -135,13 +162,20 @@ def loss_sums(
         # Everything but the ring goes by segments and positions, not by the place in the row.
         order = zigzag(batch.tokens.shape[1], devices)
         # Rows are whole where they are put in order: inside a `shard_map` XLA cannot gather from such as are cut.
-        whole = jax.tree.map(lambda a: rules.constrain(a, "batch", "positions"), batch)
-        batch = jax.tree.map(lambda a: rules.constrain(a[:, order], "batch", "sequence"), whole)
+        by_token = {name: array for name in BY_TOKEN if (array := getattr(batch, name)) is not None}
+        whole = jax.tree.map(lambda a: rules.constrain(a, "batch", "positions"), by_token)
+        batch = batch._replace(**jax.tree.map(lambda a: rules.constrain(a[:, order], "batch", "sequence"), whole))
     extra = {name: getattr(batch, name) for name in ("token_types", "inputs", "input_segments")}
     extra = {name: array for name, array in extra.items() if array is not None}
     place, routings = Place(batch.segments, batch.positions), {}
+    if experiment.objective.name in ("contrastive", "image_classification"):
+        return _image_sums(model, batch, place, experiment)
     if experiment.model.kind == "decoder":
-        hidden, memory, routings = model.routed(batch.tokens, place, memory, keys)
+        images = None
+        if batch.images is not None:
+            fields = batch.image_segments, batch.image_slots, batch.images_seen, batch.given
+            images = Images(batch.images, *fields)
+        hidden, memory, routings = model.routed(batch.tokens, place, memory, keys, images=images)
     else:
         hidden, _ = model(batch.tokens, place, key=keys, **extra)
     if experiment.objective.name in LABEL_HEADS:
@@ -166,16 +200,31 @@ def loss_sums(
     return Sums(*sums, by_row, routings=routings, memory=memory)
 
 
+def _image_sums(model: Contrastive | ImageClassifier, batch: Batch, place: Place, experiment: Experiment) -> Sums:
+    """The sums of objectives that take one image a row, and weigh its first token."""
+    weights, images = batch.loss_weights[:, :1], batch.images[:, 0]
+    if experiment.objective.name == "contrastive":
+        logits = model.logits(model.images(images), model.texts(batch.tokens, place))
+        with jax.named_scope("loss"):
+            loss, correct = contrastive_sums(logits, weights[:, 0], experiment.model.vision.similarity)
+    else:
+        logits = model(images)[:, None]
+        with jax.named_scope("loss"):
+            loss, correct = label_sums("classification", logits, batch.targets[:, :1], weights)
+    return Sums(loss, loss, correct=correct, routings={})
+
+
 def make_program(experiment: Experiment, mesh: Mesh) -> Program:
     """The jitted functions of an experiment that is `resolved` and whose model is `placed`; allocates nothing."""
     config, adapter = experiment.model, experiment.adapter
-    graphdef, _, model_axes = kinds.build(config)
+    graphdef, abstract, model_axes = kinds.build(config)
+    frozen_here = frozen_mask(abstract, experiment.optimizer.frozen)
     parts = adapter_weights.parts(adapter, config) if adapter.kind != "none" else None
     axes = parts.trained_axes if parts else model_axes
     learning_rate = schedule(experiment.optimizer, experiment.run.steps)
     rule = optimizer(experiment.optimizer, learning_rate, axes)
     micro_batches = experiment.optimizer.accumulation
-    offload = experiment.optimizer.offload
+    offload, any_frozen = experiment.optimizer.offload, bool(experiment.optimizer.frozen)
     dropout = max(config.embedding_dropout, config.attention_dropout, config.residual_dropout, adapter.dropout) > 0
 
     def init(key: jax.Array, given: Weights | None = None) -> TrainState:
@@ -191,7 +240,12 @@ def make_program(experiment: Experiment, mesh: Mesh) -> Program:
     def first_memory() -> Memory | None:
         return empty_memory(config, experiment.data.batch_size) if config.remembers else None
 
+    def kept(new: Weights, old: Weights) -> Weights:
+        """The new weights, and of those that are frozen the old."""
+        return jax.tree.map(lambda still, n, o: o if still else n, frozen_here, new, old) if any_frozen else new
+
     def model_of(weights: Weights, base: Weights | None, keys: jax.Array | None) -> Any:
+        weights = kept(weights, jax.tree.map(jax.lax.stop_gradient, weights))
         return transformer.bind(graphdef, adapter_weights.combined(adapter, base, weights, keys) if parts else weights)
 
     def loss(weights: Weights, base: Weights | None, part: Any, of_all: Any) -> tuple[jax.Array, Any]:
@@ -264,7 +318,8 @@ def make_program(experiment: Experiment, mesh: Mesh) -> Program:
         finite = jnp.isfinite(trained) & jnp.isfinite(gradient_norm)
         with jax.named_scope("optimizer"):
             updates, optimizer_state = rule.update(gradient, old_optimizer_state, state.weights)
-            weights = optax.apply_updates(state.weights, updates)
+            updates = kept(updates, jax.tree.map(jnp.zeros_like, updates))
+            weights = kept(optax.apply_updates(state.weights, updates), state.weights)
         if config.router_bias:
             weights = rebalanced(weights, state.weights, routings, experiment.optimizer.router_bias_rate)
         ema = state.ema
@@ -303,7 +358,7 @@ def make_program(experiment: Experiment, mesh: Mesh) -> Program:
     def evaluate(weights: Weights, batch: Batch, memory: Memory | None, base: Weights | None) -> dict[str, Any]:
         sums = loss_sums(model_of(weights, base, None), model_axes, batch, experiment, None, memory)
         figures = {"nll_sum": sums.nll, "loss_tokens": batch.loss_weights.sum()}
-        figures |= {"correct_sum": sums.correct} if experiment.objective.name in LABEL_HEADS else {}
+        figures |= {"correct_sum": sums.correct} if experiment.objective.name in SCORED else {}
         return figures if memory is None else figures | {"memory": sums.memory}
 
     frozen: tuple[Any, ...] = ()  # with an adapter, the one more argument of the functions
@@ -318,7 +373,7 @@ def make_program(experiment: Experiment, mesh: Mesh) -> Program:
         init, step, abstract_state = localize(init, step, abstract_state, in_parts, experiment.optimizer)
     shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract_state)
     gradient_layout = jax.tree.map(lambda s: s.spec, shardings.weights if experiment.mesh.zero == 1 else in_parts)
-    rows, everywhere = rules.sharding(mesh, ("batch", "sequence")), NamedSharding(mesh, PartitionSpec())
+    rows, everywhere = batch_layout(experiment, mesh), NamedSharding(mesh, PartitionSpec())
     below = jax.tree.map(lambda leaf: leaf.sharding, frozen)
     evaluated = jax.jit(evaluate, in_shardings=(shardings.weights, rows, shardings.memory, *(below or (None,))))
     return Program(
@@ -332,6 +387,23 @@ def make_program(experiment: Experiment, mesh: Mesh) -> Program:
         empty_memory=jax.jit(first_memory, out_shardings=shardings.memory),
         abstract_base=frozen[0] if parts else None,
     )
+
+
+def frozen_mask(weights: Weights, patterns: tuple[str, ...]) -> Any:
+    """For every weight whether one of the patterns is found in its path. Raises UserError for one found in none."""
+    paths = [
+        jax.tree_util.keystr(path, simple=True, separator=".")
+        for path, _ in jax.tree_util.tree_leaves_with_path(weights)
+    ]
+    for pattern in patterns:
+        if not any(re.search(pattern, path) for path in paths):
+            raise UserError(
+                f"optimizer.frozen: {pattern!r} is found in no weight; there is {', '.join(sorted(paths)[:8])}"
+            )
+    frozen = [any(re.search(pattern, path) for pattern in patterns) for path in paths]
+    if all(frozen):
+        raise UserError(f"optimizer.frozen={patterns}: freezes every weight; nothing is left to train")
+    return jax.tree.unflatten(jax.tree.structure(weights), frozen)
 
 
 def _laid_out(state: TrainState, axes: Any, mesh: Mesh, experiment: Experiment) -> TrainState:

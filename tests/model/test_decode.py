@@ -126,7 +126,7 @@ def sampling(rows: int, **values: Any) -> Sampling:
 @functools.cache
 def prefill_of(**fields: Any) -> Callable[..., Any]:
     config, graphdef, _ = model_of(**fields)
-    return jax.jit(lambda weights, tokens, lengths: prefill(bind(graphdef, weights), config, tokens, lengths, 64))
+    return jax.jit(lambda weights, tokens, lengths: prefill(bind(graphdef, weights), config, tokens, lengths, 64)[:2])
 
 
 @functools.cache

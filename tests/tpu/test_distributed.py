@@ -217,7 +217,7 @@ def test_a_process_holds_the_rows_that_the_layout_gives_it(mesh, monkeypatch, sp
 
     monkeypatch.setattr(distributed, "_gang", distributed._Gang(None, 0, 2))
     monkeypatch.setattr(jax, "make_array_from_callback", from_callback)
-    assert distributed.assemble({"tokens": whole[rows]}, layout, rows, 8) == {"tokens": (8, 6)}
+    assert distributed.assemble({"tokens": whole[rows]}, {"tokens": layout}, rows, 8) == {"tokens": (8, 6)}
     for device, index in layout.devices_indices_map((8, 6)).items():
         if device in devices:
             np.testing.assert_array_equal(made.pop(device), whole[index])

@@ -211,7 +211,7 @@ def test_decoding_equals_the_full_forward(kind):
     model = transformer.bind(graphdef, weights)
     full = model.head(model(tokens, place)[0])
     bound = transformer.bind(graphdef, decoding_weights(config, weights))
-    cache, found = prefill(bound, config, tokens[:, :5], jnp.array([5, 5]), 8)
+    cache, found, _ = prefill(bound, config, tokens[:, :5], jnp.array([5, 5]), 8)
     np.testing.assert_allclose(found, full[:, 4], rtol=0, atol=1e-5)
     for t in (5, 6, 7):
         cache, found = advance(bound, cache, tokens[:, t], jnp.array([t, t]))

@@ -1,6 +1,6 @@
 """The batch: what one step consumes. A NamedTuple, so that it is a pytree to jax and to Grain without importing either.
 
-Legend: B rows, T tokens per row.
+Legend: B rows, T tokens per row, N images per row, H, W pixels along their sides.
 """
 
 from __future__ import annotations
@@ -20,3 +20,21 @@ class Batch(NamedTuple):
     next_sentence: Any = None  # [B, 1] int32, 1 where the second text is not what follows the first (encoders)
     inputs: Any = None  # [B, S] int32, the encoder's tokens; the fields above are the decoder's (encoder-decoders)
     input_segments: Any = None  # [B, S] int32
+    images: Any = None  # [B, N, H, W, channels] uint8, 0 where there is none
+    image_segments: Any = None  # [B, N] int32, the segment that an image belongs to, 0 where there is none
+    image_slots: Any = None  # [B, T] int32, which of the row's image vectors stands at a token, -1 for none (merge)
+    images_seen: Any = None  # [B, T] int32, images of the row up to and with this token
+    given: Any = None  # [B, T] int32, 1 before the first token of a document that is to be answered
+
+
+BY_TOKEN = (
+    "tokens",
+    "targets",
+    "loss_weights",
+    "segments",
+    "positions",
+    "token_types",
+    "image_slots",
+    "images_seen",
+    "given",
+)  # fields with a second dimension T

@@ -17,15 +17,16 @@ from typing import Any
 
 import numpy as np
 
+from model.config import ModelConfig
 from tpu.errors import UserError
-from train.config import LABELLED, DataConfig, Experiment
-from train.data import cache, labelled
+from train.config import CONVERSATIONS, LABELLED, DataConfig, Experiment
+from train.data import cache, conversations, labelled
 from train.data.batch import Batch
 from train.data.masking import Masking
 from train.data.packing import PackedRows, padding_row
 from train.data.sources import documents, is_held_out
 from train.data.span_corruption import SpanCorruption
-from train.data.tokenizer import ByteTokenizer, Tokenizer, from_file
+from train.data.tokenizer import ByteTokenizer, Tokenizer, from_file, train_bpe
 
 log = logging.getLogger(__name__)
 
@@ -48,17 +49,23 @@ def load(
     *,
     tokenizer: Tokenizer | None = None,
     objective: str = "next_token",
-    labels: int = 0,
+    model: ModelConfig | None = None,
 ) -> Corpus:
     """Reads, tokenises and packs all of `data.sources`, through the cache.
 
     tokenizer: that of a checkpoint, so that it is never trained again; without it, the one that data.tokenizer names.
-    objective: a name of `train.config.OBJECTIVES`; some read labelled records, with at most `labels` kinds of label.
+    objective: a name of `train.config.OBJECTIVES`; some read labelled records, or conversations, and need the `model`:
+      how many labels it has, how it sees.
     Raises UserError for sources that cannot be read or leave the train or the held-out side empty.
     """
+    if objective in CONVERSATIONS:
+        tokenizer = tokenizer or _conversation_tokenizer(data, model)
     tokenizer = tokenizer or _tokenizer(data)
-    if objective in LABELLED:
-        found = labelled.load(data, objective, labels, tokenizer)
+    if objective in LABELLED or objective in CONVERSATIONS:
+        if objective in LABELLED:
+            found = labelled.load(data, objective, model.labels, tokenizer)
+        else:
+            found = conversations.load(data, objective, model, tokenizer)
         for report in found.reports:
             _log(report)
         _check_sides(found.reports, data)
@@ -101,6 +108,12 @@ def _tokenizer(data: DataConfig) -> Tokenizer:
     if data.tokenizer == "bpe":
         return cache.bpe_tokenizer(data)
     return from_file(data.tokenizer)
+
+
+def _conversation_tokenizer(data: DataConfig, model: ModelConfig) -> Tokenizer:
+    if data.tokenizer != "bpe":
+        return _tokenizer(data)
+    return train_bpe(conversations.texts(data, model.vision.image_size), data.bpe_vocab_size)
 
 
 def _log(report: dict[str, Any]) -> None:

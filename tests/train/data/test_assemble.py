@@ -1,0 +1,153 @@
+"""Conversations become rows: every image has its place, nothing is cut inside one, and only answers are learned."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+import pytest
+from hypothesis import assume, given
+from hypothesis import strategies as st
+
+from tpu.errors import UserError
+from train.data.assemble import Assembly, Tokens, row_fields, tokenize
+from train.data.conversation import IMAGE, Conversation, Turn
+from train.data.tokenizer import ByteTokenizer
+
+TOKENIZER = ByteTokenizer()
+END = TOKENIZER.end_of_document
+PLAIN = Assembly(context=64, images=4, vectors=3, user_format="{}\n", assistant_format="{}")
+
+
+def conversation(*turns: tuple[str, str], times: tuple[float, ...] = ()) -> Conversation:
+    images = sum(text.count(IMAGE) for _, text in turns)
+    return Conversation("record 7", tuple(Turn(*turn) for turn in turns), (b"",) * images, times)
+
+
+def said(tokens: Tokens) -> str:
+    """The row as text: * for an image's vector, | for the end of the document."""
+    chars = [
+        "*" if slot >= 0 else "|" if token == END else TOKENIZER.decode([token])
+        for token, slot in zip(tokens.ids, tokens.slots, strict=True)
+    ]
+    return "".join(chars)
+
+
+def test_a_conversation_with_two_images_and_two_answers():
+    tokens = tokenize(
+        conversation(("user", f"a{IMAGE}b"), ("assistant", "cd"), ("user", f"{IMAGE}e"), ("assistant", "f")),
+        TOKENIZER,
+        PLAIN,
+    )
+    assert said(tokens) == "|a***b\ncd|***e\nf|"
+    assert [s for s in tokens.slots if s >= 0] == [0, 1, 2, 3, 4, 5]
+    assert tokens.seen == [0, 0, 1, 1, 1, 1, 1, 1, 1, 1, 2, 2, 2, 2, 2, 2, 2]
+    assert "".join("x" if learned else "." for learned in tokens.learned) == ".......xxx.....xx"
+    assert not tokens.cut
+
+
+def test_the_row_of_it():
+    tokens = tokenize(conversation(("user", f"{IMAGE}q"), ("assistant", "yes")), TOKENIZER, PLAIN)
+    row = row_fields(tokens, PLAIN)
+    count = len(tokens.ids) - 1
+    assert all(array.shape == (64,) for array in row.values())
+    assert row["tokens"][:count].tolist() == tokens.ids[:-1]
+    assert row["targets"][:count].tolist() == tokens.ids[1:]
+    learned = [chr(t) if t < 256 else "|" for t in row["targets"][row["loss_weights"] > 0]]
+    assert learned == ["y", "e", "s", "|"]
+    assert row["given"].tolist() == [1] * 6 + [0] * 58  # |***q\n, and of those the last predicts the y
+    assert row["segments"].sum() == count
+    assert row["positions"][:count].tolist() == list(range(count))
+    assert row["image_slots"].tolist() == [-1, 0, 1, 2] + [-1] * 60
+
+
+def test_images_that_take_no_tokens_are_seen_by_what_follows():
+    tokens = tokenize(
+        conversation(("user", f"a{IMAGE}b{IMAGE}"), ("assistant", "c")),
+        TOKENIZER,
+        dataclasses.replace(PLAIN, vectors=0),
+    )
+    assert said(tokens) == "|ab\nc|"
+    assert tokens.seen == [0, 0, 1, 2, 2, 2]
+
+
+def test_frames_have_their_times_before_them():
+    tokens = tokenize(
+        conversation(("user", f"{IMAGE}{IMAGE}what?"), ("assistant", "up"), times=(0.0, 0.5)), TOKENIZER, PLAIN
+    )
+    assert said(tokens) == "|0 s:***0.5 s:***what?\nup|"
+
+
+def test_formats_stand_around_the_text_and_are_given():
+    assembly = dataclasses.replace(PLAIN, user_format="Q: {} ", assistant_format="A: {}!")
+    tokens = tokenize(conversation(("user", f"{IMAGE}x"), ("assistant", "y")), TOKENIZER, assembly)
+    assert said(tokens) == "|Q: ***x A: y!|"
+    prompt = tokenize(conversation(("user", f"{IMAGE}x"), ("assistant", "y")), TOKENIZER, assembly, answer=False)
+    assert said(prompt) == "|Q: ***x A: "
+
+
+texts = st.text(st.sampled_from("abc é"), max_size=8)
+
+
+@st.composite
+def conversations(draw: st.DrawFn) -> Conversation:
+    turns = []
+    for _ in range(draw(st.integers(1, 3))):
+        pieces = draw(st.lists(texts, min_size=1, max_size=3))
+        turns += [("user", IMAGE.join(pieces)), ("assistant", draw(texts))]
+    return conversation(*turns)
+
+
+@given(conversations(), st.integers(0, 4), st.integers(4, 60))
+def test_any_conversation_is_whole_cut_in_its_text_or_refused(record, vectors, context):
+    assume(len(record.images) <= 4)
+    assembly = Assembly(context, 4, vectors, "{}\n", "{}")
+    whole = tokenize(record, TOKENIZER, dataclasses.replace(assembly, context=10_000))
+    first = whole.learned.index(True)
+    if first > context or (vectors and any(slot >= 0 for slot in whole.slots[context + 1 :])):
+        with pytest.raises(UserError, match=rf"record 7: .* data.context={context}"):
+            tokenize(record, TOKENIZER, assembly)
+        return
+    tokens = tokenize(record, TOKENIZER, assembly)
+    assert len(tokens.ids) <= context + 1
+    assert tokens.cut == (len(whole.ids) > context + 1)
+    assert tuple(part[: len(tokens.ids)] for part in whole[:4]) == tuple(tokens[:4])
+    slots = [slot for slot in tokens.slots if slot >= 0]
+    assert slots == list(range(vectors * len(record.images)))  # every image whole, in order
+    row = row_fields(tokens, assembly)
+    assert row["loss_weights"].sum() == sum(tokens.learned[1:]) > 0
+    assert row["given"].sum() == first
+    assert not row["loss_weights"][: first - 1].any()
+
+
+@given(conversations(), st.integers(0, 4))
+def test_a_prompt_is_the_beginning_of_its_row(record, vectors):
+    assume(len(record.images) <= 4)
+    assembly = Assembly(1000, 4, vectors, "{}\n", "{}")
+    row, prompt = (tokenize(record, TOKENIZER, assembly, answer) for answer in (True, False))
+    assert tuple(part[: len(prompt.ids)] for part in row[:4]) == tuple(prompt[:4])
+    rest = TOKENIZER.encode(record.turns[-1].text)
+    assert row.ids[len(prompt.ids) :] == [*rest, END]
+
+
+def test_placeholders_and_images_are_counted():
+    wrong = conversation(("user", f"{IMAGE}{IMAGE}?"), ("assistant", "a"))._replace(images=(b"",))
+    with pytest.raises(UserError, match=r"record 7: 2 <image> in the text, 1 images"):
+        tokenize(wrong, TOKENIZER, PLAIN)
+    many = conversation(("user", IMAGE * 5), ("assistant", "a"))
+    with pytest.raises(UserError, match=r"5 images; a row holds data.images=4"):
+        tokenize(many, TOKENIZER, PLAIN)
+
+
+def test_a_prompt_is_not_cut():
+    long = conversation(("user", f"{IMAGE}" + "x" * 70), ("assistant", "a"))
+    with pytest.raises(UserError, match=r"take 75 tokens; data.context=64"):
+        tokenize(long, TOKENIZER, PLAIN, answer=False)
+
+
+def test_padding_is_nobodys():
+    row = row_fields(tokenize(conversation(("user", "q"), ("assistant", "a")), TOKENIZER, PLAIN), PLAIN)
+    padding = row["segments"] == 0
+    assert padding.sum() == 64 - 4
+    for name, fill in (("image_slots", -1), ("loss_weights", 0), ("given", 0), ("positions", 0)):
+        assert np.all(row[name][padding] == fill)

@@ -1,0 +1,216 @@
+"""Sources of conversations about images, as rows: by random access, so that a batch is a pure function of its number.
+
+scenes:question and others of train.data.made    made here; see there for the names
+DIR/*.jsonl, *.json (LLaVA's format), *.tar      files, as train.data.image_text reads them
+tfds:NAME[:SPLIT]                                TensorFlow Datasets with an image and a text or a label
+
+Legend: T tokens per row, N images per row, S pixels along a side of an image.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import numpy as np
+
+from model.config import ModelConfig
+from tpu.errors import UserError
+from train.config import DataConfig
+from train.data import image_text, made
+from train.data.assemble import Assembly, row_fields, tokenize
+from train.data.batch import Batch
+from train.data.conversation import Conversation
+from train.data.images import decode
+from train.data.resize import fit
+from train.data.skipping import Skipping
+from train.data.sources import is_held_out
+from train.data.tokenizer import Tokenizer
+
+MADE_TRAIN, MADE_HELD_OUT = 2**20, 512  # records of a source that is made here
+
+
+@dataclasses.dataclass(frozen=True)
+class Side:
+    """The training or the held-out records of one source: `length` of them, and the conversation of each."""
+
+    length: int
+    read: Callable[[int], Conversation]
+
+
+@dataclasses.dataclass(frozen=True)
+class ConversationSource:
+    """Both sides of one entry of data.sources, and a digest of what it holds."""
+
+    name: str
+    train: Side
+    held_out: Side
+    digest: str
+
+
+def open_source(name: str, data: DataConfig, size: int) -> ConversationSource:
+    """Opens an entry of data.sources; images made here get `size` pixels along a side. Raises UserError."""
+    if name in made.NAMES or name.partition(":")[0] in made.MAKERS:
+        made.make(name, 0, "train", 0, size)
+
+        def side(split: str, length: int) -> Side:
+            return Side(length, lambda index: made.make(name, 0, split, index, size))
+
+        held_out = side("test", MADE_HELD_OUT if data.holdout else 0)
+        return ConversationSource(name, side("train", MADE_TRAIN), held_out, f"made:{size}")
+    found = image_text.open_source(name, data, image_field=data.image_field, text_field=data.caption_field)
+    numbers: dict[bool, list[int]] = {False: [], True: []}
+    for index in range(len(found)):
+        numbers[is_held_out(found.key(index), data.holdout)].append(index)
+
+    def of(held_out: bool) -> Side:
+        chosen = np.array(numbers[held_out], np.int64)
+        return Side(len(chosen), lambda index: found[int(chosen[index])])
+
+    return ConversationSource(name, of(False), of(True), found.digest)
+
+
+def assembly_of(data: DataConfig, model: ModelConfig) -> Assembly:
+    """How rows are made for a resolved model."""
+    vectors = model.vision.vectors if model.fusion == "merge" else 0
+    return Assembly(data.context, data.images, vectors, data.user_format, data.assistant_format)
+
+
+def read_images(conversation: Conversation, data: DataConfig, model: ModelConfig) -> tuple[np.ndarray, np.ndarray]:
+    """images [N, S, S, channels] uint8 and image_segments [N] int32 of a row. Raises UserError for what is no image."""
+    size, channels = model.vision.image_size, model.vision.channels
+    images, there = np.zeros((data.images, size, size, channels), np.uint8), np.zeros(data.images, np.int32)
+    for number, source in enumerate(conversation.images):
+        image = fit(decode(source, name=f"{conversation.key}, image {number + 1}"), size, size, data.image_fit)
+        images[number] = image if channels == 3 else image.mean(-1, keepdims=True).round()
+        there[number] = 1
+    return images, there
+
+
+class Rows(Sequence[Batch]):
+    """Rows of one side of a source, made by `make`; good ones stand in for the few that cannot be read."""
+
+    def __init__(self, side: Side, make: Callable[[Conversation], Batch], max_bad_fraction: float):
+        self._length = side.length
+        self._rows = Skipping(lambda index: make(side.read(index)), side.length, max_bad_fraction)
+
+    def __len__(self) -> int:
+        return self._length
+
+    def __getitem__(self, index: int) -> Batch:
+        return self._rows[int(index)]
+
+
+def conversation_row(conversation: Conversation, tokenizer: Tokenizer, data: DataConfig, model: ModelConfig) -> Batch:
+    """A row [T] that learns what the assistant says. Raises UserError for a conversation that makes none."""
+    assembly = assembly_of(data, model)
+    sees = model.vision.encoder != "none"
+    if not sees and conversation.images:
+        raise UserError(f"{conversation.key}: has images, and model.vision.encoder='none' cannot see")
+    tokens = tokenize(conversation, tokenizer, assembly)
+    if not any(tokens.learned):
+        raise UserError(f"{conversation.key}: the assistant says nothing")
+    fields = row_fields(tokens, assembly)
+    if not sees:
+        return Batch(**{name: fields[name] for name in Batch._fields[:5]})
+    images, there = read_images(conversation, data, model)
+    return Batch(**fields, images=images, image_segments=there)
+
+
+def last_answer(conversation: Conversation) -> str:
+    """What the assistant says last. Raises UserError where it says nothing."""
+    for turn in reversed(conversation.turns):
+        if turn.role == "assistant":
+            return turn.text
+    raise UserError(f"{conversation.key}: the assistant says nothing")
+
+
+def text_row(text: str, tokenizer: Tokenizer, context: int) -> Batch:
+    """A text alone as a row [T] of a contrastive model, [end, text, end]; its first position has the row's weight."""
+    end = tokenizer.end_of_document
+    ids = [end, *tokenizer.encode(text)[: context - 2], end][:context]
+    tokens = np.zeros(context, np.int32)
+    tokens[: len(ids)] = ids
+    there = (np.arange(context) < len(ids)).astype(np.int32)
+    weights = (np.arange(context) == 0).astype(np.float32)
+    return Batch(tokens, tokens, weights, there, np.arange(context, dtype=np.int32) * there)
+
+
+def caption_row(conversation: Conversation, tokenizer: Tokenizer, data: DataConfig, model: ModelConfig) -> Batch:
+    """A row of an image and a text about it, what the assistant says last (contrastive)."""
+    row = text_row(last_answer(conversation), tokenizer, data.context)
+    return row._replace(**_one_image(conversation, data, model))
+
+
+def class_row(conversation: Conversation, names: dict[str, int], data: DataConfig, model: ModelConfig) -> Batch:
+    """A row [1] of an image and its class, which what the assistant says last is the name of."""
+    one, target = np.ones(1, np.int32), np.array([names[last_answer(conversation)]], np.int32)
+    row = Batch(0 * one, target, one.astype(np.float32), one, 0 * one)
+    return row._replace(**_one_image(conversation, data, model))
+
+
+def _one_image(conversation: Conversation, data: DataConfig, model: ModelConfig) -> dict[str, np.ndarray]:
+    if len(conversation.images) != 1:
+        raise UserError(f"{conversation.key}: {len(conversation.images)} images; one is wanted")
+    images, there = read_images(conversation, data, model)
+    return {"images": images[:1], "image_segments": there[:1]}
+
+
+def class_names(sides: Sequence[Side], labels: int) -> tuple[str, ...]:
+    """The classes of all records in order. Raises UserError where there are more than `labels`."""
+    names = sorted({last_answer(side.read(index)) for side in sides for index in range(side.length)})
+    if len(names) > labels:
+        raise UserError(f"model.labels={labels}: the records have {len(names)}: {', '.join(names[:20])}")
+    return tuple(names)
+
+
+@dataclasses.dataclass(frozen=True)
+class Conversations:
+    """All sources as rows, and reports as `train.data.labelled.Labelled` has them."""
+
+    train: list[Sequence[Batch]]
+    held_out: list[Sequence[Batch]]
+    labels: tuple[str, ...]
+    reports: list[dict[str, Any]]
+
+
+def load(data: DataConfig, objective: str, model: ModelConfig, tokenizer: Tokenizer) -> Conversations:
+    """Opens all of data.sources for an objective of `train.config.CONVERSATIONS`. Raises UserError."""
+    sources = [open_source(name, data, model.vision.image_size) for name in data.sources]
+    names: tuple[str, ...] = ()
+    if objective == "image_classification":
+        names = class_names([side for source in sources for side in (source.train, source.held_out)], model.labels)
+
+    numbers = {name: number for number, name in enumerate(names)}
+
+    def make(conversation: Conversation) -> Batch:
+        if objective == "image_classification":
+            return class_row(conversation, numbers, data, model)
+        return (caption_row if objective == "contrastive" else conversation_row)(conversation, tokenizer, data, model)
+
+    def rows(side: Side) -> Rows:
+        return Rows(side, make, data.max_bad_fraction)
+
+    def count(side: Side) -> dict[str, int]:
+        return {"documents": side.length, "bytes": 0, "tokens": 0}
+
+    reports = [
+        {
+            "source": s.name,
+            "digest": s.digest,
+            "passed_over": {},
+            "train": count(s.train),
+            "held_out": count(s.held_out),
+        }
+        for s in sources
+    ]
+    return Conversations([rows(s.train) for s in sources], [rows(s.held_out) for s in sources], names, reports)
+
+
+def texts(data: DataConfig, size: int, limit: int = 10_000) -> Iterator[str]:
+    """What is said in the first training records of every source, for a tokenizer to learn from."""
+    for name in data.sources:
+        side = open_source(name, data, size).train
+        for index in range(min(limit, side.length)):
+            yield from (turn.text for turn in side.read(index).turns)

@@ -1,0 +1,57 @@
+"""What a contrastive model is good for: finding texts for images and images for texts, and classes by their names."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import jax
+import numpy as np
+
+from model.attention import Place
+from model.config import ModelConfig
+from model.kinds import build
+from model.transformer import Weights, bind
+from train.data.conversations import text_row
+from train.data.tokenizer import Tokenizer
+
+
+def embedders(
+    config: ModelConfig, weights: Weights, tokenizer: Tokenizer, context: int
+) -> tuple[Callable[[np.ndarray], np.ndarray], Callable[[Sequence[str]], np.ndarray]]:
+    """Two functions: images [n, S, S, channels] uint8 -> vectors [n, E], and texts -> vectors [n, E], of length 1."""
+    graph = build(config)[0]
+    see = jax.jit(lambda weights, images: bind(graph, weights).images(images))
+    read = jax.jit(lambda weights, tokens, place: bind(graph, weights).texts(tokens, place))
+
+    def of_images(images: np.ndarray) -> np.ndarray:
+        return np.asarray(see(weights, images))
+
+    def of_texts(texts: Sequence[str]) -> np.ndarray:
+        rows = [text_row(text, tokenizer, context) for text in texts]
+        tokens, segments, positions = (
+            np.stack([getattr(row, f) for row in rows]) for f in ("tokens", "segments", "positions")
+        )
+        return np.asarray(read(weights, tokens, Place(segments, positions)))
+
+    return of_images, of_texts
+
+
+def recall_at(k: int, queries: np.ndarray, found: np.ndarray) -> float:
+    """The share of queries [n, E] whose own, the row of `found` [n, E] with their number, is among the k most alike."""
+    similarity = queries @ found.T
+    better = (similarity > np.diagonal(similarity)[:, None]).sum(1)
+    return float((better < k).mean())
+
+
+def class_vectors(
+    of_texts: Callable[[Sequence[str]], np.ndarray], names: Sequence[str], prompts: Sequence[str]
+) -> np.ndarray:
+    """One vector of length 1 for each name, [names, E]: the mean over prompts, in which {} stands for the name, of
+    vectors of length 1 (prompt ensembles, arXiv:2103.00020, section 3.1.4)."""
+    each = np.stack([of_texts([prompt.format(name) for name in names]) for prompt in prompts]).mean(0)
+    return each / np.linalg.norm(each, axis=-1, keepdims=True)
+
+
+def zero_shot(images: np.ndarray, classes: np.ndarray) -> np.ndarray:
+    """The number of the class [names, E] that each image [n, E] is most like: [n]."""
+    return np.argmax(images @ classes.T, axis=1)

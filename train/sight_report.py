@@ -1,0 +1,107 @@
+"""How well a model sees: its answers to held-out questions beside those to shuffled images and to no image at all, and
+a page that shows some of them."""
+
+from __future__ import annotations
+
+import base64
+import html
+import io
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from train import answers
+from train.data.conversation import IMAGE, Conversation
+from train.data.conversations import open_source
+from train.data.images import decode
+from train.data.made import answer
+from train.restore import Trained
+
+KNOWN = 4000  # training records from which the best guess without looking is learned
+TOKENS = 80  # of an answer, at most
+
+
+def figures(trained: Trained, limit: int) -> tuple[dict[str, dict[str, Any]], list[tuple[Conversation, str]]]:
+    """Accuracies of each source of data.sources with a held-out side, by kind of question; and the answers.
+
+    Each source has `answers`, `shuffled` (the same model, the images of other questions) and `blind` (the most frequent
+    answer to the question), each a dictionary from kind to a share, and `count`. limit: questions of a source; 0: all.
+    """
+    data, model = trained.experiment.data, trained.experiment.model
+    ask = answers.replier(model, trained.weights, trained.tokenizer, data, TOKENS, min(64, limit or 64))
+    found, said = {}, []
+    for name in data.sources:
+        source = open_source(name, data, model.vision.image_size)
+        count = min(limit or source.held_out.length, source.held_out.length)
+        if not count:
+            continue
+        asked = [source.held_out.read(index) for index in range(count)]
+        replies = ask(asked)
+        known = [source.train.read(index) for index in range(min(KNOWN, source.train.length))]
+        found[name] = {
+            "count": count,
+            "answers": answers.accuracies(asked, replies),
+            "shuffled": answers.accuracies(asked, ask(answers.shuffled(asked))),
+            "blind": answers.accuracies(asked, answers.blind_guesses(known, asked)),
+        }
+        said += zip(asked, replies, strict=True)
+    return found, said
+
+
+def lines(found: dict[str, dict[str, Any]]) -> list[str]:
+    """The figures as lines for a terminal."""
+    rows = [f"{'source':18}{'kind':14}{'right':>8}{'shuffled images':>18}{'best blind guess':>18}"]
+    for name, of in found.items():
+        for kind, share in of["answers"].items():
+            others = (of[control].get(kind, 0.0) for control in ("shuffled", "blind"))
+            rows.append(f"{name:18}{kind:14}{share:8.1%}" + "".join(f"{other:18.1%}" for other in others))
+    return rows
+
+
+def page(title: str, found: dict[str, dict[str, Any]], said: Sequence[tuple[Conversation, str]], count: int) -> str:
+    """An HTML page without anything outside it: the figures, and `count` conversations spread over all, with images."""
+    chosen = [said[int(i)] for i in np.linspace(0, len(said) - 1, min(count, len(said)))]
+    table = "".join(
+        f"<tr><td>{html.escape(name)}</td><td>{html.escape(kind)}</td><td>{share:.1%}</td>"
+        f"<td>{of['shuffled'].get(kind, 0.0):.1%}</td><td>{of['blind'].get(kind, 0.0):.1%}</td></tr>"
+        for name, of in found.items()
+        for kind, share in of["answers"].items()
+    )
+    cards = "".join(_card(conversation, reply) for conversation, reply in chosen)
+    return (
+        "<!doctype html><html lang=en><meta charset=utf-8><meta name=viewport content='width=device-width'>"
+        f"<title>{html.escape(title)}</title><style>{STYLE}</style><h1>{html.escape(title)}</h1>"
+        "<p>Held-out pictures, never trained on. Shuffled: the same questions, with the pictures "
+        "of others. Blind: the answer that is most often right without looking.</p>"
+        "<table><tr><th>questions<th>kind<th>right<th>shuffled<th>blind</tr>"
+        f"{table}</table><div class=cards>{cards}</div></html>\n"
+    )
+
+
+STYLE = (
+    "body{font:16px/1.5 system-ui,sans-serif;max-width:62rem;margin:2rem auto;padding:0 1rem;color:#222}"
+    "table{border-collapse:collapse;margin:1rem 0}"
+    "td,th{padding:.2rem .9rem;text-align:left;border-bottom:1px solid #ddd}"
+    ".cards{display:grid;grid-template-columns:repeat(auto-fill,minmax(17rem,1fr));gap:1rem}"
+    ".card{border:1px solid #ddd;border-radius:.6rem;padding:.8rem}"
+    "img{width:8rem;image-rendering:pixelated;border:1px solid #eee;margin-right:.3rem}"
+    ".right{color:#17692c}.wrong{color:#b00020}"
+)
+
+
+def _card(conversation: Conversation, reply: str) -> str:
+    right = answer(reply) == answers.truth(conversation)
+    images = "".join(f"<img alt='' src='data:image/png;base64,{_png(source)}'>" for source in conversation.images)
+    turns = "".join(f"<p>{html.escape(turn.text.replace(IMAGE, ''))}</p>" for turn in conversation.turns[:-1])
+    wanted = "" if right else f"<p>right: {html.escape(conversation.turns[-1].text)}</p>"
+    said = f"<p class={'right' if right else 'wrong'}><b>{html.escape(reply) or '(nothing)'}</b></p>"
+    return f"<div class=card>{images}{turns}{said}{wanted}</div>"
+
+
+def _png(source: Any) -> str:
+    from PIL import Image
+
+    file = io.BytesIO()
+    Image.fromarray(decode(source)).save(file, "PNG")
+    return base64.b64encode(file.getvalue()).decode()
