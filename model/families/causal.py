@@ -13,7 +13,7 @@ import numpy as np
 
 from model.attention import Place
 from model.config import ModelConfig
-from model.decode import decoding_weights, make_decoder, row_keys, slots_for
+from model.decode import NOTHING_SEEN, Sight, decoding_weights, make_decoder, row_keys, slots_for
 from model.sampling import Sampling
 from model.transformer import Transformer, Weights, bind, build
 from tpu.errors import UserError
@@ -99,22 +99,22 @@ def next_token_loss(logits: jax.Array, labels: jax.Array) -> jax.Array:
 
 
 def greedy(
-    config: ModelConfig, weights: Weights, inputs: dict[str, np.ndarray], new_tokens: int, options: dict[str, Any]
+    config: ModelConfig,
+    weights: Weights,
+    inputs: dict[str, np.ndarray],
+    new_tokens: int,
+    options: dict[str, Any],
+    sight: Sight = NOTHING_SEEN,
 ) -> np.ndarray:
     """sequences [B, T + N] int64: input_ids and the most probable tokens after them, through our cache.
 
-    Padding is to lie on the left. A row that has ended is padded on; N is below `new_tokens` where all rows end before.
+    Padding is to lie on the left, but in `sight`, which is of rows as `to_front` leaves them. A row that has ended is
+    padded on; N is below `new_tokens` where all rows end before.
     """
-    tokens = inputs["input_ids"]
-    mask = inputs.get("attention_mask", _seen(tokens, options)) != 0
-    if not mask[:, -1].all() or (np.diff(mask.astype(int), axis=1) < 0).any():
-        raise UserError("inputs: attention_mask: new_tokens needs all padding on the left")
-    lengths = mask.sum(1).astype(np.int32)
+    tokens, lengths = inputs["input_ids"], prompt_lengths(inputs, options)
     config.check_context(int(lengths.max()) + new_tokens, "inputs: tokens with those to generate")
     rows, width = tokens.shape
-    prompts = np.zeros_like(tokens)  # Our cache has a row's first token in slot 0: padding moves to the right.
-    for row, (ids, length) in enumerate(zip(tokens, lengths, strict=True)):
-        prompts[row, :length] = ids[width - length :]
+    prompts = to_front(tokens, lengths)  # Our cache has a row's first token in slot 0: padding moves to the right.
     decoder = make_decoder(config, build(config)[0], config.vocab_size, -1)
     plain = {"repetition_penalty": 1.0, "temperature": 0.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0}
     sampling = Sampling(
@@ -123,11 +123,28 @@ def greedy(
     prepared = decoding_weights(config, weights)
     limits, keys = np.full(rows, new_tokens, np.int32), row_keys([0] * rows, [0] * rows)
     slots = slots_for(width, int(lengths.max()) + new_tokens)
-    state, first, _ = decoder.start(prepared, prompts, lengths, sampling, keys, limits, slots)
+    state, first, _ = decoder.start(prepared, prompts, lengths, sampling, keys, limits, slots, sight)
     new = np.asarray(first)
     if new_tokens > 1:
         new = np.concatenate([new, np.asarray(decoder.decode(prepared, state, sampling, new_tokens - 1)[1])], axis=1)
     return np.concatenate([tokens, ended(new, options)], axis=1).astype(np.int64)
+
+
+def prompt_lengths(inputs: dict[str, np.ndarray], options: dict[str, Any]) -> np.ndarray:
+    """[B] int32: the tokens of each row. Raises UserError where padding is not on the left."""
+    tokens = inputs["input_ids"]
+    mask = inputs.get("attention_mask", _seen(tokens, options)) != 0
+    if not mask[:, -1].all() or (np.diff(mask.astype(int), axis=1) < 0).any():
+        raise UserError("inputs: attention_mask: new_tokens needs all padding on the left")
+    return mask.sum(1).astype(np.int32)
+
+
+def to_front(array: np.ndarray, lengths: np.ndarray) -> np.ndarray:
+    """[B, T, ...] with the last `lengths` [B] of each row at its beginning, and 0 behind them."""
+    moved = np.zeros_like(array)
+    for row, (values, length) in enumerate(zip(array, lengths, strict=True)):
+        moved[row, :length] = values[len(values) - length :]
+    return moved
 
 
 def _seen(tokens: np.ndarray, options: dict[str, Any]) -> np.ndarray:

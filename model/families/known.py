@@ -11,6 +11,7 @@ from model.families import (
     gemma2,
     gemma3,
     gpt2,
+    idefics,
     llama,
     mistral,
     mixtral,
@@ -28,7 +29,7 @@ from tpu.errors import UserError
 
 FAMILIES = tuple(m.FAMILY for m in (gpt2, llama, mistral, qwen2, qwen3, gemma2, gemma3, olmo2, mixtral, qwen3_moe))
 FAMILIES += bert.FAMILIES + t5.FAMILIES
-FAMILIES += (vit.FAMILY, resnet.FAMILY)
+FAMILIES += (vit.FAMILY, resnet.FAMILY, *idefics.FAMILIES)
 
 # Fields that say how a model is computed, trained or started, and not what it is.
 FREE = (

@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from model.config import ModelConfig
-from model.safetensors import DTYPES, Spec, Tensor
+from model.safetensors import DTYPES, Joined, Spec, Tensor
 from tpu.errors import UserError
 
 MATRICES = ("kernel", "router")  # ends of paths of ours that a peer may hold transposed
@@ -70,6 +70,7 @@ class Family:
       prefix: of all names that have it; files without it on any are taken too.
       ignored: pattern of tensors that are no weights.
       fits: of several families with one architecture, whether a config.json is of this one.
+      joined: tensors whose further rows are, in files that have it, in another tensor: that one's name by theirs.
       head: a tensor of the file that is there where the head is not tied, whatever config.json says; "": it knows.
       objective: what the model was made to learn (`train.config.OBJECTIVES`).
     """
@@ -84,6 +85,7 @@ class Family:
     prefix: str = "model."
     ignored: str = r".*\.rotary_emb\.inv_freq"
     fits: Callable[[dict[str, Any]], bool] = lambda config: True
+    joined: dict[str, str] = dataclasses.field(default_factory=dict)
     head: str = ""
     objective: str = "next_token"
 
@@ -177,6 +179,7 @@ class PeerWeights:
     def __init__(
         self, family: Family, tensors: dict[str, Tensor], shapes: dict[str, tuple[int, ...]], config: ModelConfig
     ):
+        tensors = _joined(tensors, family.joined)
         self._elements = {
             path: {element.index: element for element in elements(family, path, shape, config)}
             for path, shape in shapes.items()
@@ -229,7 +232,18 @@ class PeerWeights:
             yield self.read(path, index).astype(dtype, copy=False)
 
 
-def _tied_copies(tensors: dict[str, Tensor], wanted: dict[str, Element], left_over: set[str]) -> set[str]:
+def _joined(tensors: dict[str, Tensor], names: dict[str, str]) -> dict[str, Tensor | Joined]:
+    """The tensors, with those that `names` has made one."""
+    found: dict[str, Tensor | Joined] = dict(tensors)
+    for first, rest in names.items():
+        both = tuple(tensors[name] for name in (first, rest) if name in tensors)
+        if len(both) == 2 and len({(part.spec.dtype, part.spec.shape[1:]) for part in both}) == 1:
+            found[first] = Joined(both)
+            del found[rest]
+    return found
+
+
+def _tied_copies(tensors: dict[str, Tensor | Joined], wanted: dict[str, Element], left_over: set[str]) -> set[str]:
     """Those left over that hold nothing but the token embedding again, as some files of tied models do."""
     table = next((tensors[n] for n, e in wanted.items() if e.path == "embedding.embedding" and n in tensors), None)
     same = lambda t: t.spec == table.spec and np.array_equal(t.view(), table.view())  # noqa: E731

@@ -22,17 +22,17 @@ import numpy as np
 import pytest
 
 from model import hub
-from model.families import resnet, vit
+from model.families import idefics, resnet, vit
 from model.families.known import family_of
 from model.kinds import build
 from model.load import load, shapes
-from model.safetensors import open_directory
+from model.safetensors import Spec, open_directory, write_directory
 from model.transformer import Weights, bind
 from tests.peers.test_cases import error, gradient_norms
 from tpu.errors import UserError
 
 HERE = Path(__file__).parent
-MODULES = {"vit": vit, "resnet": resnet}
+MODULES = {"vit": vit, "resnet": resnet, "idefics": idefics}
 CASES = sorted(p.parent for p in (HERE / "vision_cases").glob("*/case.json") if p.parent.name[:-2] in MODULES)
 STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
 
@@ -142,6 +142,7 @@ PUBLISHED = {
     "vit-l16": 304_326_632,
     "vit-h14": 632_045_800,
     "resnet-50": 25_557_032,
+    "idefics-9b": 8_929_679_632,
 }
 
 
@@ -196,6 +197,51 @@ def test_a_vit_takes_another_size_only_where_it_is_told_to(one_device):
         "interpolate_pos_encoding is int64[2]; must be one true or false",
         interpolate_pos_encoding=np.ones(2, int),
     )
+
+
+@pytest.fixture
+def idefics_0(one_device) -> Case:
+    """A case with 3 rows of 11 or more tokens and 2 images."""
+    return opened(HERE / "vision_cases" / "idefics_0", one_device)
+
+
+def test_images_and_masks_that_do_not_fit_a_text_are_refused(idefics_0):
+    images, mask = (idefics_0.arrays["inputs"][name] for name in ("pixel_values", "image_attention_mask"))
+    refused(idefics_0, "pixel_values and image_attention_mask: one is missing", pixel_values=None)
+    refused(idefics_0, "pixel_values and image_attention_mask: one is missing", image_attention_mask=None)
+    refused(idefics_0, "[rows, tokens of input_ids, images of pixel_values]", image_attention_mask=mask[:, :-1])
+    refused(idefics_0, "[rows, tokens of input_ids, images of pixel_values]", image_attention_mask=mask / 2)
+    refused(idefics_0, "pixel_values has 2 rows, input_ids 3", pixel_values=images[:2])
+    refused(idefics_0, "must be floats [rows, images, 3, height, width]", pixel_values=images[0])
+    refused(idefics_0, "valid: 0 to 63", input_ids=np.full(mask.shape[:2], 64))
+    refused(idefics_0, "'image_encoder_embeddings' is not supported", image_encoder_embeddings=images)
+
+
+def test_a_text_without_images_is_one_that_looks_at_none(idefics_0, one_device):
+    mask = idefics_0.arrays["inputs"]["image_attention_mask"]
+    graph = build(idefics_0.model)[0]
+    blind = idefics_0.checked(image_attention_mask=0 * mask)
+    alone = {name: a for name, a in blind.items() if name not in ("pixel_values", "image_attention_mask")}
+    compute = jax.jit(lambda weights, arrays: idefics.outputs(bind(graph, weights), arrays)["logits"])
+    with jax.set_mesh(one_device):
+        found = [np.asarray(compute(idefics_0.weights, arrays)) for arrays in (blind, alone, idefics_0.checked())]
+    assert error(found[0], found[1]) < 1e-6
+    assert error(found[0], found[2]) > 1e-3
+
+
+def test_additional_tokens_in_tables_of_their_own_are_the_last_of_the_vocabulary(idefics_0, one_device, tmp_path):
+    path = idefics_0.opened.directory
+    tensors = {name: tensor.view() for name, tensor in open_directory(path).items()}
+    for first, rest in idefics.FAMILIES[0].joined.items():
+        tensors |= {first: tensors[first][:60], rest: tensors[first][60:]}
+    specs = {name: Spec(array.dtype, array.shape) for name, array in tensors.items()}
+    write_directory(tmp_path, specs, lambda name: [tensors[name]], 10**9)
+    changed = {"vocab_size": 60, "additional_vocab_size": 4}
+    (tmp_path / "config.json").write_text(json.dumps(idefics_0.opened.options | changed))
+    case = hub.Opened(tmp_path)
+    assert case.model == idefics_0.opened.model
+    loaded = load(case.weights, idefics_0.model, one_device)
+    assert jax.tree.all(jax.tree.map(np.array_equal, loaded, idefics_0.weights))
 
 
 # Fresh ones
