@@ -50,9 +50,8 @@ class Connector(nnx.Module):
         merged, inner = width * self.factor**2, (vision.connector_dim, "mlp")
         inputs = {"pixel_shuffle": merged, "merger": merged}.get(self.kind, width)
         two = self.kind in ("mlp", "merger")
-        self.norm = None
-        if self.kind in ("average_pool", "merger"):
-            self.norm = Norm(own, width, "norm", rngs, "rmsnorm" if self.kind == "average_pool" else "layernorm")
+        norm = {"average_pool": "rmsnorm", "merger": "layernorm"}.get(self.kind)
+        self.norm = None if norm is None else Norm(own, width, "norm", rngs, norm)
         self.perceiver = Perceiver(config, rngs) if self.kind == "perceiver" else None
         bias, text = vision.connector_bias, (config.embed_dim, "embed")
         self.up = Linear(config, ((inputs, "embed"),), (inner,), bias, rngs) if two else None

@@ -70,6 +70,17 @@ HANDED_ON = (
     "merges.txt",
     "chat_template.jinja",
 )
+# Tokens with a meaning, by their names in config.json, that an export hands on too.
+IDS = (
+    "bos_token_id",
+    "eos_token_id",
+    "pad_token_id",
+    "image_token_id",
+    "video_token_id",
+    "vision_start_token_id",
+    "vision_end_token_id",
+    "vision_token_id",
+)
 
 
 class Opened:
@@ -211,7 +222,7 @@ def export_model(
         model = dataclasses.replace(model, max_positions=max(model.max_positions, experiment.data.context))
     chosen = family_name or (imported.get("architectures") or [imported.get("model_type")])[0]
     family = that_can_express(model, named(chosen)) if chosen else that_can_express(model)
-    options = {name: imported[name] for name in ("bos_token_id", "eos_token_id", "pad_token_id") if name in imported}
+    options = {name: imported[name] for name in IDS if name in imported}
     options |= describe(family, model)
     _, abstract, axes = build(model.placed(host.start_backend(), "float32"))
     layout = rules.tree_shardings(make_mesh(MeshConfig(), jax.devices()[:1]), axes, abstract)

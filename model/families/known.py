@@ -17,6 +17,7 @@ from model.families import (
     mixtral,
     olmo2,
     qwen2,
+    qwen2_vl,
     qwen3,
     qwen3_moe,
     resnet,
@@ -29,7 +30,7 @@ from tpu.errors import UserError
 
 FAMILIES = tuple(m.FAMILY for m in (gpt2, llama, mistral, qwen2, qwen3, gemma2, gemma3, olmo2, mixtral, qwen3_moe))
 FAMILIES += bert.FAMILIES + t5.FAMILIES
-FAMILIES += (vit.FAMILY, resnet.FAMILY, *idefics.FAMILIES)
+FAMILIES += (vit.FAMILY, resnet.FAMILY, *idefics.FAMILIES, qwen2_vl.FAMILY)
 
 # Fields that say how a model is computed, trained or started, and not what it is.
 FREE = (

@@ -22,7 +22,7 @@ import numpy as np
 import pytest
 
 from model import hub
-from model.families import idefics, resnet, vit
+from model.families import idefics, qwen2_vl, resnet, vit
 from model.families.known import family_of
 from model.kinds import build
 from model.load import load, shapes
@@ -32,7 +32,7 @@ from tests.peers.test_cases import error, gradient_norms
 from tpu.errors import UserError
 
 HERE = Path(__file__).parent
-MODULES = {"vit": vit, "resnet": resnet, "idefics": idefics}
+MODULES = {"vit": vit, "resnet": resnet, "idefics": idefics, "qwen2_vl": qwen2_vl}
 CASES = sorted(p.parent for p in (HERE / "vision_cases").glob("*/case.json") if p.parent.name[:-2] in MODULES)
 STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
 
@@ -143,6 +143,8 @@ PUBLISHED = {
     "vit-h14": 632_045_800,
     "resnet-50": 25_557_032,
     "idefics-9b": 8_929_679_632,
+    "qwen2-vl-2b": 2_208_985_600,
+    "qwen2-vl-7b": 8_291_375_616,
 }
 
 
@@ -242,6 +244,73 @@ def test_additional_tokens_in_tables_of_their_own_are_the_last_of_the_vocabulary
     assert case.model == idefics_0.opened.model
     loaded = load(case.weights, idefics_0.model, one_device)
     assert jax.tree.all(jax.tree.map(np.array_equal, loaded, idefics_0.weights))
+
+
+@pytest.fixture
+def qwen2_vl_1(one_device) -> Case:
+    """A case with images and videos in two of 3 rows, which are padded on the left."""
+    return opened(HERE / "vision_cases" / "qwen2_vl_1", one_device)
+
+
+def test_grids_patches_and_placeholders_that_do_not_fit_are_refused(qwen2_vl_1):
+    arrays = qwen2_vl_1.arrays["inputs"]
+    tokens, grids, patches = (arrays[name] for name in ("input_ids", "image_grid_thw", "pixel_values"))
+    taken, image = tokens.copy(), qwen2_vl_1.opened.options["image_token_id"]
+    taken[tuple(np.argwhere(tokens == image)[0])] = 5
+    refused(qwen2_vl_1, "has 6 placeholders of images (image_token_id=75), and image_grid_thw gives 7", input_ids=taken)
+    none = {"image_grid_thw": None, "pixel_values": None}
+    refused(qwen2_vl_1, "has 7 placeholders of images (image_token_id=75), and image_grid_thw gives 0 vectors", **none)
+    swapped = {"image_grid_thw": grids[::-1].copy()}
+    refused(
+        qwen2_vl_1, "row 0 has a run of 2 placeholders of images, and the next of image_grid_thw, [1, 2, 2]", **swapped
+    )
+    refused(qwen2_vl_1, "pixel_values is float32[27, 96]; for image_grid_thw=", pixel_values=patches[1:])
+    refused(qwen2_vl_1, "must be floats [28, 96]: patches of 3 x 2 x 4 x 4 numbers", pixel_values=patches[:, 1:])
+    refused(qwen2_vl_1, "must be floats [28, 96]", pixel_values=patches.astype(int))
+    refused(qwen2_vl_1, "pixel_values is float32[0, 96]; for image_grid_thw=", pixel_values=None)
+    refused(qwen2_vl_1, "must be integers [images, 3]", image_grid_thw=grids[:, 1:])
+    refused(qwen2_vl_1, "the latter multiples of 2", image_grid_thw=grids + np.array([0, 1, 0]))
+    refused(qwen2_vl_1, "must be at least 1", image_grid_thw=0 * grids)
+    refused(qwen2_vl_1, "mm_token_type_ids: must be 1", mm_token_type_ids=0 * tokens)
+    refused(qwen2_vl_1, "attention_mask: must not be 0 at a placeholder", attention_mask=0 * tokens)
+    refused(qwen2_vl_1, "'position_ids' is not supported", position_ids=tokens)
+
+
+def test_types_of_tokens_are_those_of_the_placeholders(qwen2_vl_1):
+    arrays = {name: a for name, a in qwen2_vl_1.arrays["inputs"].items() if name != "mm_token_type_ids"}
+    found = qwen2_vl.checked(qwen2_vl_1.model, arrays, qwen2_vl_1.opened.generation)
+    assert jax.tree.all(jax.tree.map(np.array_equal, found, qwen2_vl_1.checked()))
+
+
+def test_a_text_goes_on_after_the_larger_side_of_an_image_and_not_after_a_videos_end():
+    kinds, grid = np.array([[0, 0, 2, 2, 2, 0, 0, 0]]), np.array([[3, 2, 2]])
+    mask = np.array([[False, True, True, True, True, True, True, True]])
+    found, deltas = qwen2_vl.positions(kinds, mask, grid[:0], grid, 2)
+    assert found[0, :, 0].tolist() == [0, 0, 1, 2, 3, 2, 3, 4]  # A video of three frame pairs, each one vector.
+    assert found[0, :, 1].tolist() == [0, 0, 1, 1, 1, 2, 3, 4]
+    assert deltas.tolist() == [4 + 1 - 7]
+    kinds, grid = np.array([[1, 1, 1, 1, 1, 1, 0]]), np.array([[1, 4, 6]])
+    found, deltas = qwen2_vl.positions(kinds, kinds >= 0, grid, grid[:0], 2)
+    assert found[0].tolist() == [[0, 0, 0], [0, 0, 1], [0, 0, 2], [0, 1, 0], [0, 1, 1], [0, 1, 2], [3, 3, 3]]
+    assert deltas.tolist() == [3 + 1 - 7]
+
+
+def test_rows_do_not_depend_on_each_other(qwen2_vl_1, one_device):
+    """A row alone, without its padding, gives what it gave among the others; so does the row without images."""
+    case, whole = qwen2_vl_1, qwen2_vl_1.arrays["inputs"]
+    graph = build(case.model)[0]
+    compute = jax.jit(lambda weights, arrays: qwen2_vl.outputs(bind(graph, weights), arrays)["logits"])
+    media = {0: {"image": (0, 1), "video": (0, 1)}, 1: {"image": (1, 3), "video": (1, 2)}, 2: {}}
+    for row, of in media.items():
+        there = whole["attention_mask"][row] != 0
+        alone = {name: whole[name][row : row + 1, there] for name in ("input_ids", "mm_token_type_ids")}
+        for kind, _, grid_name, pixels_name in qwen2_vl.KINDS:
+            if kind in of:
+                ends = np.cumsum([0, *whole[grid_name].prod(1)])[list(of[kind])]
+                alone |= {grid_name: whole[grid_name][slice(*of[kind])], pixels_name: whole[pixels_name][slice(*ends)]}
+        arrays = qwen2_vl.checked(case.model, alone, case.opened.generation)
+        with jax.set_mesh(one_device):
+            assert error(np.asarray(compute(case.weights, arrays))[0], case.wanted["logits"][row, there]) < 1e-5
 
 
 # Fresh ones
