@@ -5,7 +5,6 @@ Legend: B rows, T tokens, N images of a row, H, W pixels along their sides, P ve
 
 from __future__ import annotations
 
-import functools
 from typing import Any
 
 import jax
@@ -80,9 +79,9 @@ TEXTS = ("input_ids", "attention_mask", "position_ids", "labels")
 INPUTS = (*TEXTS, "pixel_values", "image_attention_mask", "interpolate_pos_encoding")
 
 
-def read(alpha: str, config: dict[str, Any]) -> ModelConfig:
+def read(config: dict[str, Any]) -> ModelConfig:
     """config.json -> ModelConfig."""
-    only(config, alpha_type=alpha, dropout=0.0)
+    only(config, dropout=0.0)
     return read_decoder(
         config,
         vocab_size=get(config, "vocab_size", int, 32_000) + get(config, "additional_vocab_size", int, 0),
@@ -127,7 +126,7 @@ def _read_vision(config: dict[str, Any]) -> VisionConfig:
         offset=0,
         sees="last",  # So its processor has it; no file says.
         qk_norm=get(config, "qk_layer_norms", bool, False),
-        gate_per_channel=get(config, "alpha_type", str, "float") == "vector",
+        gate_per_channel=choice(config, "alpha_type", dict(zip(ALPHAS, ALPHAS, strict=True)), "float") == "vector",
     )
 
 
@@ -259,7 +258,7 @@ FAMILIES = tuple(
             f"{GATE}.attention_gate": Peer(f"{CROSS}.alpha_cross_attn", rank=rank),
             f"{GATE}.mlp_gate": Peer(f"{CROSS}.alpha_dense", rank=rank),
         },
-        read=functools.partial(read, alpha),
+        read=read,
         write=write,
         run=run,
         ignored=rf"{llama.FAMILY.ignored}|model\.vision_model\.embeddings\.position_ids",

@@ -121,6 +121,18 @@ def test_recorded(path, one_device):
         assert_alike(found)
 
 
+@pytest.mark.parametrize("path", [path for path in CASES if path.name.endswith("1")], ids=lambda path: path.name)
+def test_the_command_gives_what_is_recorded(path, tmp_path):
+    speaks = (path / "prompt.npz").exists()
+    hub.run_model(path, path / f"{'prompt' if speaks else 'inputs'}.npz", tmp_path / "out.npz", 3 if speaks else 0)
+    found, wanted = np.load(tmp_path / "out.npz"), np.load(path / "outputs.npz")
+    if speaks:
+        assert np.array_equal(found["sequences"], wanted["sequences"][:, :-5])
+        assert error(found["logits"][:, -1], wanted["first_logits"]) < 1e-5
+    else:
+        assert error(found["logits"], wanted["logits"]) < 1e-5
+
+
 def export(path: Path, workdir: Path, target: Path) -> None:
     hub.import_model(path, workdir, "auto")
     hub.export_model(workdir, target, None, "auto", 10**9, "weights")
