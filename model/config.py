@@ -306,6 +306,11 @@ class ModelConfig:
         if self.fusion in ("cross", "co", "tangled") and self.remembers:
             raise UserError(f"model.fusion={self.fusion!r}: not with a model that remembers")
         if self.fusion in ("co", "tangled"):
+            if self.vision.connection_dim % self.vision.connection_heads:
+                raise UserError(
+                    f"model.vision.connection_heads={self.vision.connection_heads}: does not divide "
+                    f"model.vision.connection_dim={self.vision.connection_dim}"
+                )
             if len(self.pattern) * self.vision.connections > self.layers or self.share_layers != "none":
                 raise UserError(
                     f"model.vision.connections={self.vision.connections}: needs as many repetitions of "

@@ -58,6 +58,11 @@ class Contrastive(nnx.Module):
         ends: [B] int32, where each text ends; None: at the last token of a segment above 0. Not read where the text is
         read at the row's last position.
         """
+        ends = jnp.sum(place.segments > 0, axis=1) - 1 if ends is None else ends
+        return unit(self.project_texts(self.read(tokens, place), ends))
+
+    def read(self, tokens: jax.Array, place: Place, keys: Place | None = None) -> jax.Array:
+        """Tokens [B, T] int32 at `place` -> hidden states [B, T, D]; `keys` as `model.transformer.Transformer`."""
         with jax.named_scope("text"):
             h = self.embedding(tokens)
             if self.position_embedding is not None:
@@ -65,18 +70,23 @@ class Contrastive(nnx.Module):
             elif self.positions == "sinusoidal":
                 h = h + sinusoidal(place.positions, self.embed_dim).astype(h.dtype)
             turn = None if self.rope is None else rotations(self.rope, place)
-            h = self.final_norm(self.stack(residual(h), place, None, turn, None, None)[0])
-            if self.text_pool == "last":
-                h = h[:, -1]
-            else:
-                ends = jnp.sum(place.segments > 0, axis=1) - 1 if ends is None else ends
-                h = jnp.take_along_axis(h, jnp.maximum(ends, 0)[:, None, None], axis=1)[:, 0]
-            return _unit(self.text_projection(h, "float32"))
+            return self.final_norm(self.stack(residual(h), place, keys, turn, None, None)[0])
+
+    def project_texts(self, h: jax.Array, ends: jax.Array) -> jax.Array:
+        """Hidden states h [B, T, D] of texts that end at `ends` [B] -> one vector each, [B, E] float32."""
+        if self.text_pool == "last":
+            return self.text_projection(h[:, -1], "float32")
+        h = jnp.take_along_axis(h, jnp.maximum(ends, 0)[:, None, None], axis=1)[:, 0]
+        return self.text_projection(h, "float32")
 
     def images(self, x: jax.Array) -> jax.Array:
         """Images x [B, H, W, channels] -> their vectors [B, E] float32, of length 1."""
+        return unit(self.project_images(x))
+
+    def project_images(self, x: jax.Array) -> jax.Array:
+        """Images x [B, H, W, channels] -> one vector each, [B, E] float32."""
         h = self.vision.pooled(x)
-        return _unit(h if self.image_projection is None else self.image_projection(h, "float32"))
+        return h.astype(jnp.float32) if self.image_projection is None else self.image_projection(h, "float32")
 
     def logits(self, images: jax.Array, texts: jax.Array) -> jax.Array:
         """Vectors of images [A, E] and of texts [B, E] -> how well they go together, [A, B] float32."""
@@ -86,6 +96,7 @@ class Contrastive(nnx.Module):
         return similarity if self.logit_bias is None else similarity + self.logit_bias.get_value()
 
 
-def _unit(x: jax.Array) -> jax.Array:
+def unit(x: jax.Array) -> jax.Array:
+    """x [..., E] divided by its length, float32."""
     x = x.astype(jnp.float32)
     return x * jax.lax.rsqrt(jnp.maximum(jnp.square(x).sum(-1, keepdims=True), 1e-24))

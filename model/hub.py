@@ -60,6 +60,8 @@ if __name__ == "__main__":
 PEER = "peer"  # the files of a workdir that came with an import and that export hands on
 HANDED_ON = (
     "generation_config.json",
+    "preprocessor_config.json",
+    "processor_config.json",
     "tokenizer.json",
     "tokenizer.model",
     "tokenizer_config.json",
@@ -69,13 +71,15 @@ HANDED_ON = (
     "vocab.txt",
     "merges.txt",
     "chat_template.jinja",
+    "chat_template.json",
 )
-# Tokens with a meaning, by their names in config.json, that an export hands on too.
-IDS = (
+# Options of config.json that a model does not have and that an export hands on from its import.
+KEPT = (
     "bos_token_id",
     "eos_token_id",
     "pad_token_id",
-    "image_token_id",
+    "boi_token_index",
+    "eoi_token_index",
     "video_token_id",
     "vision_start_token_id",
     "vision_end_token_id",
@@ -222,8 +226,7 @@ def export_model(
         model = dataclasses.replace(model, max_positions=max(model.max_positions, experiment.data.context))
     chosen = family_name or (imported.get("architectures") or [imported.get("model_type")])[0]
     family = that_can_express(model, named(chosen)) if chosen else that_can_express(model)
-    options = {name: imported[name] for name in IDS if name in imported}
-    options |= describe(family, model)
+    options = _with_kept(describe(family, model), imported)
     _, abstract, axes = build(model.placed(host.start_backend(), "float32"))
     layout = rules.tree_shardings(make_mesh(MeshConfig(), jax.devices()[:1]), axes, abstract)
     abstract = jax.tree.map(lambda w, s: jax.ShapeDtypeStruct(w.shape, w.dtype, sharding=s), abstract, layout)
@@ -249,6 +252,13 @@ def export_model(
     print(f"{family.architectures[0]}: {len(specs)} tensors in {numpy_dtype}, from {step_dir} to {target}")
 
 
+def _with_kept(options: dict[str, Any], imported: dict[str, Any]) -> dict[str, Any]:
+    """The options with those of KEPT that were imported, in each section of config.json."""
+    kept = {name: imported[name] for name in KEPT if name in imported}
+    sections = [n for n, o in options.items() if isinstance(o, dict) and isinstance(imported.get(n), dict)]
+    return kept | options | {name: _with_kept(options[name], imported[name]) for name in sections}
+
+
 def _write_tokenizer(saved: dict[str, Any], made: pathlib.Path, options: dict[str, Any]) -> None:
     """Writes the checkpoint's tokenizer where none was handed on, and its end of document into the options."""
     if saved["kind"] != "tokenizer.json" or (made / "tokenizer.json").exists():
@@ -259,7 +269,8 @@ def _write_tokenizer(saved: dict[str, Any], made: pathlib.Path, options: dict[st
     (made / "tokenizer.json").write_text(saved["text"])
     described = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": tokenizer.end_of_document_name}
     (made / "tokenizer_config.json").write_text(json.dumps(described, indent=2) + "\n")
-    options["bos_token_id"] = options["eos_token_id"] = tokenizer.end_of_document
+    for section in (options, options.get("text_config", {})):
+        section["bos_token_id"] = section["eos_token_id"] = tokenizer.end_of_document
 
 
 def run_model(source: pathlib.Path, inputs_file: pathlib.Path, out: pathlib.Path, new_tokens: int) -> None:

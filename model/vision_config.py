@@ -66,8 +66,8 @@ class VisionConfig:
     embedding_norm: bool = False  # before the layers (CLIP)
     final_norm: bool = True
     final_norm_eps: float = 0.0  # 0: norm_eps
-    final_norm_unused: bool = False  # the final norm has weights and is not computed (Idefics)
     unused_layers: int = 0  # last layers that have weights and are not computed, as is the final norm then (LLaVA)
+    unused_norm: bool = False  # the final norm alone has weights and is not computed
     keep_class: bool = False  # whether the class token's vector is one of those for the text
     pool: str = "none"  # one vector per image: none, class, mean, map (attention of a learned probe)
     widths: tuple[int, ...] = (32, 64, 128)  # of a cnn's or a resnet's stages
@@ -94,6 +94,7 @@ class VisionConfig:
     image_positions: int = 0  # rows of a learned table, added to what the n-th image of a row gives; 0: none
 
     # The fusion
+    image_token: int = -1  # of merge and cross: the id in a text that stands for an image's vector; -1: none
     mask: str = "causal"  # of merge: what is seen besides what comes before; prefix: all that is given; images: each
     every: int = 1  # of cross: one of so many layers of the text has cross-attention before it
     offset: int = -1  # which of them; -1: the last
@@ -152,6 +153,8 @@ class VisionConfig:
         for field in ("unused_layers", "image_positions", "image_width", "patch_width", "position_slack"):
             if getattr(self, field) < 0:
                 raise UserError(f"model.vision.{field}={getattr(self, field)}: must not be negative")
+        if self.image_token < -1:
+            raise UserError(f"model.vision.image_token={self.image_token}: must be a token, or -1 for none")
         if self.encoder == "none":
             return
         if not self.widths or min(self.widths) < 1:
@@ -161,17 +164,14 @@ class VisionConfig:
             raise UserError(f"model.vision.depths={self.depths}: needs one number for each of model.vision.widths")
         if not 0 <= self.offset < self.every:
             raise UserError(f"model.vision.offset={self.offset}: valid: 0 to model.vision.every - 1 = {self.every - 1}")
-        if self.connection_dim % self.connection_heads:
-            raise UserError(
-                f"model.vision.connection_heads={self.connection_heads}: does not divide "
-                f"model.vision.connection_dim={self.connection_dim}"
-            )
-        if self.image_size % self.reduction:
+        # Patches leave out what is too little for one of them at the right and below (SigLIP: 384 by 14).
+        cut = self.encoder == "vit" and self.stem == "patches" and min(self.grid, self.columns) > 0
+        if self.image_size % self.reduction and not cut:
             raise UserError(
                 f"model.vision.image_size={self.image_size}: not a multiple of the {self.reduction} pixels of a vector"
             )
         width = self.image_width or self.image_size
-        if width % self.reduction_across:
+        if width % self.reduction_across and not cut:
             raise UserError(
                 f"model.vision.image_width={width}: not a multiple of the {self.reduction_across} pixels of a vector"
             )

@@ -52,10 +52,14 @@ def tower_config(config: ModelConfig) -> ModelConfig:
 
 
 def patches(x: jax.Array, size: int, across: int = 0) -> jax.Array:
-    """Images x [R, H, W, C] -> patches [R, h w, size, across, C], row by row; square where across is 0."""
+    """Images x [R, H, W, C] -> patches [R, h w, size, across, C], row by row; square where across is 0.
+
+    Pixels that fill none are left out.
+    """
     r, height, width, channels = x.shape
     across = across or size
-    x = x.reshape(r, height // size, size, width // across, across, channels).swapaxes(2, 3)
+    h, w = height // size, width // across
+    x = x[:, : h * size, : w * across].reshape(r, h, size, w, across, channels).swapaxes(2, 3)
     return x.reshape(r, -1, size, across, channels)
 
 
@@ -97,7 +101,7 @@ class ViT(nnx.Module):
         self.embedding_norm = Norm(tower, vision.embed_dim, "norm", rngs) if vision.embedding_norm else None
         self.stack = Stack(tower, rngs)
         self.final_norm = Norm(norm, vision.embed_dim, "norm", rngs) if vision.final_norm else None
-        self.apply_norm = not vision.unused_layers and not vision.final_norm_unused
+        self.apply_norm = not (vision.unused_layers or vision.unused_norm)
 
     def __call__(
         self,

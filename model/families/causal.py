@@ -71,6 +71,13 @@ def integers(config: ModelConfig, inputs: dict[str, np.ndarray], tokens: str = "
 
 def outputs(model: Transformer, inputs: dict[str, Any]) -> dict[str, jax.Array]:
     """What transformers' forward gives for checked inputs; a token that may see nothing is as good as random there."""
+    place, keys = places(inputs)
+    hidden, _ = model(inputs["input_ids"], place, keys=keys, positions=inputs.get("position_ids"))  # [B, T, D]
+    return described(model, hidden, inputs)
+
+
+def places(inputs: dict[str, Any]) -> tuple[Place, Place | None]:
+    """Where checked inputs' tokens stand, and where they stand for those that look at them, if not there."""
     tokens = inputs["input_ids"]
     order = jnp.broadcast_to(jnp.arange(tokens.shape[1], dtype=jnp.int32), tokens.shape)
     segments = jnp.ones_like(tokens)
@@ -81,7 +88,11 @@ def outputs(model: Transformer, inputs: dict[str, Any]) -> dict[str, jax.Array]:
     keys = None
     if "attention_mask" in inputs:  # Padding is not seen, but sees: what stands there counts where it has a label.
         keys = Place((inputs["attention_mask"] != 0).astype(jnp.int32), order)
-    hidden, _ = model(tokens, place, keys=keys, positions=inputs.get("position_ids"))  # [B, T, D]
+    return place, keys
+
+
+def described(model: Transformer, hidden: jax.Array, inputs: dict[str, Any]) -> dict[str, jax.Array]:
+    """The hidden states [B, T, D], their logits and, with labels, their loss, by transformers' names."""
     logits = model.head(hidden)
     found = {"logits": logits, "last_hidden_state": hidden.astype(jnp.float32)}
     if "labels" in inputs:
@@ -108,13 +119,14 @@ def greedy(
 ) -> np.ndarray:
     """sequences [B, T + N] int64: input_ids and the most probable tokens after them, through our cache.
 
-    Padding is to lie on the left, but in `sight`, which is of rows as `to_front` leaves them. A row that has ended is
+    Padding is to lie on the left, but in `sight`, which is of rows as `moved` leaves them. A row that has ended is
     padded on; N is below `new_tokens` where all rows end before.
     """
-    tokens, lengths = inputs["input_ids"], prompt_lengths(inputs, options)
+    tokens = inputs["input_ids"]
+    lengths = prompt_lengths(inputs, options)
     config.check_context(int(lengths.max()) + new_tokens, "inputs: tokens with those to generate")
     rows, width = tokens.shape
-    prompts = to_front(tokens, lengths)  # Our cache has a row's first token in slot 0: padding moves to the right.
+    prompts = moved(tokens, lengths, 0)
     decoder = make_decoder(config, build(config)[0], config.vocab_size, -1)
     plain = {"repetition_penalty": 1.0, "temperature": 0.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0}
     sampling = Sampling(
@@ -131,20 +143,19 @@ def greedy(
 
 
 def prompt_lengths(inputs: dict[str, np.ndarray], options: dict[str, Any]) -> np.ndarray:
-    """[B] int32: the tokens of each row. Raises UserError where padding is not on the left."""
-    tokens = inputs["input_ids"]
-    mask = inputs.get("attention_mask", _seen(tokens, options)) != 0
+    """[B] int32, how many tokens of checked inputs are no padding. Raises UserError for padding not on the left."""
+    mask = inputs.get("attention_mask", _seen(inputs["input_ids"], options)) != 0
     if not mask[:, -1].all() or (np.diff(mask.astype(int), axis=1) < 0).any():
         raise UserError("inputs: attention_mask: new_tokens needs all padding on the left")
     return mask.sum(1).astype(np.int32)
 
 
-def to_front(array: np.ndarray, lengths: np.ndarray) -> np.ndarray:
-    """[B, T, ...] with the last `lengths` [B] of each row at its beginning, and 0 behind them."""
-    moved = np.zeros_like(array)
+def moved(array: np.ndarray, lengths: np.ndarray, padding: int) -> np.ndarray:
+    """[B, T, ...] with what is at the right of each row at its left: in our cache slot 0 has a row's first token."""
+    found = np.full_like(array, padding)
     for row, (values, length) in enumerate(zip(array, lengths, strict=True)):
-        moved[row, :length] = values[len(values) - length :]
-    return moved
+        found[row, :length] = values[len(values) - length :]
+    return found
 
 
 def _seen(tokens: np.ndarray, options: dict[str, Any]) -> np.ndarray:

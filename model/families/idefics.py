@@ -11,13 +11,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from model.attention import Place
 from model.config import ModelConfig
 from model.decode import Sight
 from model.families import causal, llama
 from model.families.mapping import Family, Peer
-from model.families.options import ACTIVATIONS, GATED_ACTIVATIONS, choice, get, only, read_decoder, word, write_decoder
+from model.families.options import GATED_ACTIVATIONS, choice, filled, get, only, read_decoder, word, write_decoder
 from model.families.rope_options import read_rope, write_rope
+from model.families.towers import IDLE, images, read_clip, write_tower
 from model.families.vit import flag, named, pixels
 from model.kinds import build
 from model.transformer import Transformer, Weights, bind
@@ -25,25 +25,8 @@ from model.vision import Images
 from model.vision_config import VisionConfig
 from tpu.errors import UserError
 
-VIT, CLIP = "vision.encoder.vit", "model.vision_model"
-LAYER, OF_CLIP = f"{VIT}.stack.groups.layer", f"{CLIP}.encoder.layers.{{layer}}"
 PERCEIVER, BLOCK = "vision.connector.perceiver", "model.perceiver_resampler.blocks.{0}"
 GATE, CROSS = "stack.groups.gate", "model.gated_cross_attn_layers.{layer}"
-TOWER = {
-    f"{VIT}.class_token": Peer(f"{CLIP}.embeddings.class_embedding", rank=1),
-    f"{VIT}.position_embedding": Peer(f"{CLIP}.embeddings.position_embedding.weight", rank=2),
-    f"{VIT}.patch": Peer(f"{CLIP}.embeddings.patch_embedding", convolution=True),
-    f"{VIT}.embedding_norm": f"{CLIP}.pre_layrnorm",
-    f"{LAYER}.attention_norm": f"{OF_CLIP}.layer_norm1",
-    f"{LAYER}.attention.query": f"{OF_CLIP}.self_attn.q_proj",
-    f"{LAYER}.attention.key": f"{OF_CLIP}.self_attn.k_proj",
-    f"{LAYER}.attention.value": f"{OF_CLIP}.self_attn.v_proj",
-    f"{LAYER}.attention.out": Peer(f"{OF_CLIP}.self_attn.out_proj", inputs=2),
-    f"{LAYER}.mlp_norm": f"{OF_CLIP}.layer_norm2",
-    f"{LAYER}.mlp.up": f"{OF_CLIP}.mlp.fc1",
-    f"{LAYER}.mlp.down": f"{OF_CLIP}.mlp.fc2",
-    f"{VIT}.final_norm": f"{CLIP}.post_layernorm",
-}
 RESAMPLER = {
     f"{PERCEIVER}.latents": Peer("model.perceiver_resampler.latents", rank=2),
     f"{PERCEIVER}.source_norm_#": f"{BLOCK}.0.context_layer_norm",
@@ -72,9 +55,19 @@ GATES = {
     f"{GATE}.mlp.up": f"{CROSS}.mlp.up_proj",
     f"{GATE}.mlp.down": f"{CROSS}.mlp.down_proj",
 }
-TABLE = llama.TABLE | TOWER | RESAMPLER | GATES
+TABLE = llama.TABLE | images("model.vision_model") | RESAMPLER | GATES
 ALPHAS = {"float": 1, "vector": 3}  # dimensions of a gate
-TOWER_ACTIVATIONS = ACTIVATIONS | {"quick_gelu": "quick_gelu"}
+TOWER = {  # what transformers takes for options of vision_config that are missing
+    "embed_dim": 768,
+    "image_size": 224,
+    "intermediate_size": 5120,
+    "patch_size": 14,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 16,
+    "num_channels": 3,
+    "hidden_act": "gelu",
+    "layer_norm_eps": 1e-5,
+}
 TEXTS = ("input_ids", "attention_mask", "position_ids", "labels")
 INPUTS = (*TEXTS, "pixel_values", "image_attention_mask", "interpolate_pos_encoding")
 
@@ -94,27 +87,13 @@ def read(config: dict[str, Any]) -> ModelConfig:
 
 
 def _read_vision(config: dict[str, Any]) -> VisionConfig:
-    tower, resampler = (get(config, name, dict, {}) for name in ("vision_config", "perceiver_config"))
-    only(tower, attention_dropout=0.0)
-    return VisionConfig(
-        encoder="vit",
-        image_size=get(tower, "image_size", int, 224),
-        channels=get(tower, "num_channels", int, 3),
-        normalization="clip",
-        patch_size=get(tower, "patch_size", int, 14),
-        layers=get(tower, "num_hidden_layers", int, 32),
-        embed_dim=get(tower, "embed_dim", int, 768),
-        heads=get(tower, "num_attention_heads", int, 16),
-        mlp_dim=get(tower, "intermediate_size", int, 5120),
-        activation=choice(tower, "hidden_act", TOWER_ACTIVATIONS, "gelu"),
-        norm_eps=get(tower, "layer_norm_eps", float, 1e-5),
-        init="normal",
+    tower = filled(get(config, "vision_config", dict, {}), TOWER)
+    resampler = get(config, "perceiver_config", dict, {})
+    return read_clip(
+        tower | {"hidden_size": tower["embed_dim"]},
         position_slack=0.1,
-        class_token=True,
         keep_class=True,
-        patch_bias=False,
-        embedding_norm=True,
-        final_norm_unused=True,
+        unused_norm=True,
         connector="perceiver" if get(config, "use_resampler", bool, False) else "none",
         connector_activation="relu",
         connector_qk_norm=get(resampler, "qk_layer_norms_perceiver", bool, False),
@@ -150,17 +129,7 @@ def write(model: ModelConfig) -> dict[str, Any]:
             "resampler_n_heads": vision.connector_heads,
             "resampler_n_latents": vision.latents,
         },
-        "vision_config": {
-            "embed_dim": vision.embed_dim,
-            "hidden_act": word(TOWER_ACTIVATIONS, vision.activation),
-            "image_size": vision.image_size,
-            "intermediate_size": vision.mlp_dim,
-            "layer_norm_eps": vision.norm_eps,
-            "num_attention_heads": vision.heads,
-            "num_channels": vision.channels,
-            "num_hidden_layers": vision.layers,
-            "patch_size": vision.patch_size,
-        },
+        "vision_config": write_tower(vision, "idefics_vision") | {"embed_dim": vision.embed_dim},
     }
 
 
@@ -195,16 +164,16 @@ def checked(config: ModelConfig, inputs: dict[str, np.ndarray], options: dict[st
     if not all(both):
         raise UserError("inputs: pixel_values and image_attention_mask: one is missing; give both, or neither")
     resampled = flag(inputs, "interpolate_pos_encoding")
-    images, mask = pixels(config, inputs, ("rows", "images"), resampled), inputs["image_attention_mask"]
-    wanted = (*arrays["input_ids"].shape, images.shape[1])
+    shown, mask = pixels(config, inputs, resampled, ("rows", "images")), inputs["image_attention_mask"]
+    wanted = (*arrays["input_ids"].shape, shown.shape[1])
     if mask.shape != wanted or mask.dtype.kind not in "iub":
         raise UserError(
             f"inputs: image_attention_mask is {mask.dtype}{list(mask.shape)}; must be integers {list(wanted)}: [rows, "
             "tokens of input_ids, images of pixel_values]"
         )
-    if len(images) != wanted[0]:
-        raise UserError(f"inputs: pixel_values has {len(images)} rows, input_ids {wanted[0]}")
-    return arrays | {"pixel_values": images, "image_attention_mask": mask != 0}
+    if len(shown) != wanted[0]:
+        raise UserError(f"inputs: pixel_values has {len(shown)} rows, input_ids {wanted[0]}")
+    return arrays | {"pixel_values": shown, "image_attention_mask": mask != 0}
 
 
 def looked_at(pixels: Any, mask: Any) -> Images:
@@ -215,26 +184,17 @@ def looked_at(pixels: Any, mask: Any) -> Images:
 
 def outputs(model: Transformer, inputs: dict[str, Any]) -> dict[str, jax.Array]:
     """What transformers' forward gives for checked inputs."""
-    tokens = inputs["input_ids"]
-    order = jnp.broadcast_to(jnp.arange(tokens.shape[1], dtype=jnp.int32), tokens.shape)
+    tokens, found = inputs["input_ids"], {}
     mask = jnp.asarray(inputs.get("attention_mask", np.ones(tokens.shape, np.int32))) != 0
     counted = jnp.where(mask, jnp.cumsum(mask, axis=1, dtype=jnp.int32) - 1, 1)
-    images, found = None, {}
+    shown = None
     if "pixel_values" in inputs:
-        shown = inputs["pixel_values"]
-        images = looked_at(shown, inputs["image_attention_mask"])
-        vectors = model.vision(images).hidden.astype(jnp.float32)
-        found["image_hidden_states"] = vectors.reshape(*shown.shape[:2], -1, vectors.shape[-1])
-    hidden, _ = model(
-        tokens,
-        Place(jnp.ones_like(order), order),
-        keys=Place(mask.astype(jnp.int32), order),  # Padding is not seen, but sees.
-        positions=inputs.get("position_ids", counted),
-        images=images,
-    )
-    logits = model.head(hidden)
-    found |= {"logits": logits, "last_hidden_state": hidden.astype(jnp.float32)}
-    return found | ({"loss": causal.next_token_loss(logits, inputs["labels"])} if "labels" in inputs else {})
+        shown = looked_at(inputs["pixel_values"], inputs["image_attention_mask"])
+        vectors = model.vision(shown).hidden.astype(jnp.float32)
+        found["image_hidden_states"] = vectors.reshape(*shown.pixels.shape[:2], -1, vectors.shape[-1])
+    place, keys = causal.places(inputs | {"attention_mask": mask})
+    hidden, _ = model(tokens, place, keys=keys, positions=inputs.get("position_ids", counted), images=shown)
+    return found | causal.described(model, hidden, inputs)
 
 
 def greedy(
@@ -243,7 +203,7 @@ def greedy(
     """As `model.families.causal.greedy`, of checked inputs; new tokens look at what the last one of the prompt does."""
     sight = Sight()
     if "pixel_values" in inputs:
-        mask = causal.to_front(inputs["image_attention_mask"], causal.prompt_lengths(inputs, options))
+        mask = causal.moved(inputs["image_attention_mask"], causal.prompt_lengths(inputs, options), 0)
         sight = Sight(looked_at(inputs["pixel_values"], mask))
     return causal.greedy(config, weights, inputs, new_tokens, options, sight)
 
@@ -261,7 +221,7 @@ FAMILIES = tuple(
         read=read,
         write=write,
         run=run,
-        ignored=rf"{llama.FAMILY.ignored}|model\.vision_model\.embeddings\.position_ids",
+        ignored=rf"{llama.FAMILY.ignored}|{IDLE}",
         fits=lambda config, alpha=alpha: (config.get("alpha_type") or "float") == alpha,
         joined={
             "model.embed_tokens.weight": "model.embed_tokens.additional_embedding.weight",

@@ -8,19 +8,24 @@ from typing import Any
 from model.config import ModelConfig
 from model.families import (
     bert,
+    clip,
     gemma2,
     gemma3,
+    gemma3_vision,
     gpt2,
     idefics,
     llama,
+    llava,
     mistral,
     mixtral,
     olmo2,
+    paligemma,
     qwen2,
     qwen2_vl,
     qwen3,
     qwen3_moe,
     resnet,
+    siglip,
     t5,
     vit,
 )
@@ -29,7 +34,7 @@ from model.families.options import kinds
 from tpu.errors import UserError
 
 FAMILIES = tuple(m.FAMILY for m in (gpt2, llama, mistral, qwen2, qwen3, gemma2, gemma3, olmo2, mixtral, qwen3_moe))
-FAMILIES += bert.FAMILIES + t5.FAMILIES
+FAMILIES += bert.FAMILIES + t5.FAMILIES + tuple(m.FAMILY for m in (clip, siglip, llava, paligemma, gemma3_vision))
 FAMILIES += (vit.FAMILY, resnet.FAMILY, *idefics.FAMILIES, qwen2_vl.FAMILY)
 
 # Fields that say how a model is computed, trained or started, and not what it is.
@@ -100,14 +105,16 @@ def _lost(family: Family, model: ModelConfig, options: dict[str, Any]) -> list[s
         told, wanted = _bare(family.read(options)), _bare(model)
     except UserError as error:
         return [str(error)]
-    return [
-        f"model.{name}={value!r} would become {told[name]!r}" for name, value in wanted.items() if told[name] != value
-    ]
+    lost = [name for name, value in wanted.items() if told[name] != value]
+    # What makes a difference in one of them alone follows from something else that is another.
+    lost = [name for name in lost if None not in (told[name], wanted[name])] or lost
+    return [f"model.{name}={wanted[name]!r} would become {told[name]!r}" for name in lost]
 
 
 def _bare(model: ModelConfig) -> dict[str, Any]:
     """What a model is, field by field, with everything that makes no difference left out."""
-    fields = {f.name: getattr(model, f.name) for f in dataclasses.fields(model) if f.name not in FREE}
+    left_out = (*FREE, "vision")
+    fields = {f.name: getattr(model, f.name) for f in dataclasses.fields(model) if f.name not in left_out}
     fields["pattern"] = kinds(model)
     fields["query_scalar"] = model.query_scalar or float(model.head_dim)
     without_effect = {
@@ -130,4 +137,46 @@ def _bare(model: ModelConfig) -> dict[str, Any]:
     without_effect |= {
         f"rope_{f}": unscaled for f in ("factor", "original_context", "slow", "fast", "attention_factor")
     }
-    return {name: None if without_effect.get(name) else value for name, value in fields.items()}
+    without_effect |= dict.fromkeys(("tied_head", "scale_embedding", "logits_softcap"), model.fusion == "contrastive")
+    return {name: None if without_effect.get(name) else value for name, value in fields.items()} | _bare_vision(model)
+
+
+def _bare_vision(model: ModelConfig) -> dict[str, Any]:
+    """What of a model sees, field by field, with everything that makes no difference left out."""
+    vision, fusion = model.vision, model.fusion
+    vit, resnet = vision.encoder == "vit", "resnet" in (vision.encoder, vision.stem)
+    connects, perceives = vision.pool == "none", vision.connector == "perceiver"
+    # Streams beside the text and the probe of a pool are made like a vit's layers.
+    towers = vit or vision.pool == "map" or fusion in ("co", "tangled")
+    with_effect = {
+        ("image_size", "image_width"): vit and vision.positions == "learned",
+        ("patch_size", "patch_width"): vit and vision.stem == "patches",
+        ("qkv_bias",): vit and vision.attention_bias,
+        ("position_slack",): vit and vision.positions == "learned",
+        ("temporal_patch", "stem", "positions", "class_token", "patch_bias", "embedding_norm", "final_norm"): vit,
+        ("layers", "embed_dim", "unused_layers", "unused_norm"): vit,
+        ("heads", "mlp_dim", "activation", "attention_bias", "norm", "norm_eps"): towers,
+        ("rope_theta",): vit and vision.positions == "rope",
+        ("final_norm_eps",): vit and vision.final_norm and not (vision.unused_layers or vision.unused_norm),
+        ("keep_class",): vision.class_token and connects,
+        ("widths",): not vit or resnet,
+        ("depths", "block", "stem_width", "conv_norm", "conv_activation", "first_stride"): resnet,
+        ("reduces_first",): resnet and vision.block == "bottleneck",
+        ("connector", "image_positions"): connects,
+        ("connector_dim", "connector_activation"): connects and vision.connector in ("mlp", "merger", "perceiver"),
+        ("connector_factor",): connects and vision.pools,
+        ("connector_bias",): connects and vision.connector != "none",
+        ("connector_eps",): connects and vision.connector in ("perceiver", "average_pool", "merger"),
+        ("connector_qk_norm", "latents"): connects and perceives,
+        ("connector_layers", "connector_heads", "connector_head_dim"): connects and perceives,
+        ("image_token", "mask"): fusion == "merge",
+        ("every", "offset", "sees", "qk_norm", "gate_per_channel"): fusion == "cross",
+        ("connections", "connection_heads", "connection_dim"): fusion in ("co", "tangled"),
+        ("tangled",): fusion == "tangled",
+        ("similarity", "projection_dim", "text_pool"): fusion == "contrastive",
+    }
+    sees = vision.encoder != "none"
+    effects = {name: sees and effect for names, effect in with_effect.items() for name in names}
+    fields = [f.name for f in dataclasses.fields(vision) if f.name != "init"]
+    kept = {n: getattr(vision, n) if effects.get(n, sees or n == "encoder") else None for n in fields}
+    return {f"vision.{name}": value for name, value in kept.items()}

@@ -41,8 +41,8 @@ class Peer(NamedTuple):
     `name` may hold {layer} and {expert}. Of a kernel, `inputs` is how many of our dimensions are contracted, and
     `transposed` whether theirs is [outputs, inputs], as torch.nn.Linear has it. A weight that is `part` of `parts` lies
     with the others along the outputs. A `convolution` is [outputs, channels, rows, columns] there, and [rows, columns,
-    channels, outputs] here. With a `rank` theirs has our shape but for ones in front, as many as make that many
-    dimensions.
+    channels, outputs] here. With a `rank` theirs has our shape but for ones in front, as many more or fewer as make
+    that many dimensions.
     """
 
     name: str
@@ -51,7 +51,7 @@ class Peer(NamedTuple):
     parts: int = 1
     transposed: bool = True
     convolution: bool = False
-    rank: int = 0
+    rank: int | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,6 +69,7 @@ class Family:
       run: what `python -m model.hub run` does with arrays, as `model.families.causal.run`.
       prefix: of all names that have it; files without it on any are taken too.
       ignored: pattern of tensors that are no weights.
+      renamed: (pattern, replacement) pairs that make the names of other files of the family those of the table.
       fits: of several families with one architecture, whether a config.json is of this one.
       joined: tensors whose further rows are, in files that have it, in another tensor: that one's name by theirs.
       head: a tensor of the file that is there where the head is not tied, whatever config.json says; "": it knows.
@@ -84,6 +85,7 @@ class Family:
     run: Callable[..., dict[str, np.ndarray]]
     prefix: str = "model."
     ignored: str = r".*\.rotary_emb\.inv_freq"
+    renamed: tuple[tuple[str, str], ...] = ()
     fits: Callable[[dict[str, Any]], bool] = lambda config: True
     joined: dict[str, str] = dataclasses.field(default_factory=dict)
     head: str = ""
@@ -136,9 +138,9 @@ def _peer(family: Family, path: str) -> Peer:
 def peer_shape(element: Element) -> tuple[int, ...]:
     """The shape of the whole tensor of theirs that an element is, or is part of."""
     shape, peer = element.shape, element.peer
-    if peer.rank:
+    if peer.rank is not None:
         return (1,) * (peer.rank - len(shape)) + shape[max(0, len(shape) - peer.rank) :]
-    if peer.convolution:
+    if peer.convolution and element.path.endswith("kernel"):
         return (shape[-1], shape[-2], *shape[:-2])
     if element.path.endswith(MATRICES):
         size = lambda dims: int(np.prod(dims, dtype=np.int64))  # noqa: E731
@@ -152,9 +154,9 @@ def peer_shape(element: Element) -> tuple[int, ...]:
 def view(element: Element, theirs: np.ndarray) -> np.ndarray:
     """Their tensor (see `peer_shape`), seen as an element of ours; a view that shares its memory."""
     shape, peer = element.shape, element.peer
-    if peer.convolution:
+    if peer.convolution and element.path.endswith("kernel"):
         return theirs.transpose(*range(2, theirs.ndim), 1, 0)
-    kernel = element.path.endswith(MATRICES) and not peer.rank
+    kernel = element.path.endswith(MATRICES) and peer.rank is None
     axis = 0 if kernel and peer.transposed else theirs.ndim - 1
     if peer.parts > 1:
         width = theirs.shape[axis] // peer.parts
@@ -184,6 +186,7 @@ class PeerWeights:
             path: {element.index: element for element in elements(family, path, shape, config)}
             for path, shape in shapes.items()
         }
+        tensors = _renamed(family, tensors)
         bare = family.prefix and not any(name.startswith(family.prefix) for name in tensors)
         cut = len(family.prefix) if bare else 0
         wanted: dict[str, Element] = {}
@@ -243,11 +246,23 @@ def _joined(tensors: dict[str, Tensor], names: dict[str, str]) -> dict[str, Tens
     return found
 
 
+def _renamed(family: Family, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors by the names of the family's table."""
+    found: dict[str, Tensor] = {}
+    for name, tensor in tensors.items():
+        for pattern, replacement in family.renamed:
+            name = re.sub(pattern, replacement, name)
+        if name in found:
+            raise UserError(f"tensor {name}: is there twice, under the names of two versions")
+        found[name] = tensor
+    return found
+
+
 def _tied_copies(tensors: dict[str, Tensor | Joined], wanted: dict[str, Element], left_over: set[str]) -> set[str]:
     """Those left over that hold nothing but the token embedding again, as some files of tied models do."""
     table = next((tensors[n] for n, e in wanted.items() if e.path == "embedding.embedding" and n in tensors), None)
     same = lambda t: t.spec == table.spec and np.array_equal(t.view(), table.view())  # noqa: E731
-    return {name for name in left_over if name == "lm_head.weight" and table is not None and same(tensors[name])}
+    return {name for name in left_over if name.endswith("lm_head.weight") and table is not None and same(tensors[name])}
 
 
 def _refuse(what: str, names: Iterable[str]) -> None:

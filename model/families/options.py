@@ -48,6 +48,11 @@ def get(config: dict[str, Any], name: str, kind: type | tuple[type, ...], defaul
     return value
 
 
+def filled(options: dict[str, Any], defaults: dict[str, Any]) -> dict[str, Any]:
+    """The options, and those of `defaults` that are missing or null there."""
+    return defaults | {name: value for name, value in options.items() if value is not None}
+
+
 def only(config: dict[str, Any], **options: Any) -> None:
     """Raises UserError for the first option that is there and has another value than this one (or null)."""
     for name, value in options.items():

@@ -18,13 +18,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from model.attention import Place
 from model.config import ModelConfig
 from model.decode import Sight
 from model.families import causal, llama, qwen2
 from model.families.mapping import Family, Peer
-from model.families.options import ACTIVATIONS, choice, get, only, word
+from model.families.options import choice, filled, get, only, word
 from model.families.rope_options import read_parameters, write_parameters
+from model.families.towers import TOWER_ACTIVATIONS
 from model.families.vit import named
 from model.kinds import build
 from model.transformer import Transformer, Weights, bind
@@ -48,14 +48,13 @@ TABLE = llama.TABLE | {
     "vision.connector.up": "visual.merger.mlp.0",
     "vision.connector.out": "visual.merger.mlp.2",
 }
-TOWER_ACTIVATIONS = ACTIVATIONS | {"quick_gelu": "quick_gelu"}
 TEXTS = ("input_ids", "attention_mask", "mm_token_type_ids", "labels")
 # What images and videos are called: name, option of the placeholder, grids, pixels.
 KINDS = (
     ("image", "image_token_id", "image_grid_thw", "pixel_values"),
     ("video", "video_token_id", "video_grid_thw", "pixel_values_videos"),
 )
-PLACEHOLDERS = {"image_token_id": 151_655, "video_token_id": 151_656}
+IMAGE_TOKEN, VIDEO_TOKEN = 151_655, 151_656  # placeholders, where config.json names none
 INPUTS = (*TEXTS, *(name for kind in KINDS for name in kind[2:]))
 
 
@@ -79,11 +78,11 @@ def read(config: dict[str, Any]) -> ModelConfig:
         **read_parameters(text, parameters),
         rope_sections=tuple(get(parameters, "mrope_section", list)),
         fusion="merge",
-        vision=_read_vision(tower, model.embed_dim),
+        vision=_read_vision(tower, model.embed_dim, get(config, "image_token_id", int, IMAGE_TOKEN)),
     ).resolved()
 
 
-def _read_vision(tower: dict[str, Any], text_dim: int) -> VisionConfig:
+def _read_vision(tower: dict[str, Any], text_dim: int, image_token: int) -> VisionConfig:
     if get(tower, "hidden_size", int, 3584) != text_dim:
         raise UserError(f"config.json: vision_config.hidden_size: must be the text's hidden_size={text_dim}")
     width, patch = get(tower, "embed_dim", int, 1280), get(tower, "patch_size", int, 14)
@@ -111,6 +110,7 @@ def _read_vision(tower: dict[str, Any], text_dim: int) -> VisionConfig:
         connector_factor=merged,
         connector_dim=width * merged**2,
         connector_eps=1e-6,
+        image_token=image_token,
     )
 
 
@@ -119,7 +119,8 @@ def write(model: ModelConfig) -> dict[str, Any]:
     vision = model.vision
     rope = write_parameters(model) | {"mrope_section": list(model.rope_sections)}
     ratio = vision.mlp_dim / vision.embed_dim
-    return {
+    placeholder = {"image_token_id": vision.image_token} if vision.image_token >= 0 else {}
+    return placeholder | {
         "tie_word_embeddings": model.tied_head,
         "text_config": qwen2.write(model)
         | {
@@ -156,7 +157,7 @@ def run(
       inputs: beside the text's, pixel_values [P, channels * frames * rows * columns of a patch] floats, normalised,
         and image_grid_thw [I, 3] integers: frame pairs, rows and columns of patches of each image; pixel_values_videos
         and video_grid_thw; mm_token_type_ids [B, T], 1 at placeholders of images, 2 of videos, which may be left out.
-      options: config.json, for the placeholders `image_token_id` and `video_token_id`, too.
+      options: config.json, for the placeholder `video_token_id` too.
 
     Raises UserError for another name, shape or type, and where grids, patches and placeholders do not fit.
     """
@@ -165,7 +166,8 @@ def run(
     compute = jax.jit(lambda weights, arrays: outputs(bind(graph, weights), arrays))
     found = {name: np.asarray(value) for name, value in compute(weights, arrays).items()}
     if new_tokens:
-        found["sequences"] = greedy(config, weights, arrays, new_tokens, options)
+        ends = filled(options, options.get("text_config") or {})  # Of what the model does not say its text may.
+        found["sequences"] = greedy(config, weights, arrays, new_tokens, ends)
     return found
 
 
@@ -182,7 +184,7 @@ def checked(config: ModelConfig, inputs: dict[str, np.ndarray], options: dict[st
     for number, (kind, option, grid_name, pixels_name) in enumerate(KINDS, start=1):
         grids.append(_grids(config, inputs, grid_name))
         patches.append(_patches(config, inputs, pixels_name, grid_name, grids[-1]))
-        token = get(options, option, int, PLACEHOLDERS[option])
+        token = config.vision.image_token if kind == "image" else get(options, option, int, VIDEO_TOKEN)
         here = tokens == token
         vectors = int(grids[-1].prod(1).sum()) // config.vision.connector_factor**2
         if here.sum() != vectors:
@@ -321,9 +323,7 @@ def packed(kinds: np.ndarray, grids: list[np.ndarray], patches: list[np.ndarray]
 
 def outputs(model: Transformer, inputs: dict[str, Any]) -> dict[str, jax.Array]:
     """What transformers' forward gives for checked inputs."""
-    tokens, images, found = inputs["input_ids"], inputs.get("images"), {}
-    order = jnp.broadcast_to(jnp.arange(tokens.shape[1], dtype=jnp.int32), tokens.shape)
-    mask = jnp.asarray(inputs.get("attention_mask", np.ones(tokens.shape, np.int32))) != 0
+    images, found = inputs.get("images"), {}
     if images is not None:
         vectors = model.vision(images).hidden.astype(jnp.float32)
         at = {f"{kind}_features": inputs[f"of_{kind}"] for kind, *_ in KINDS if f"of_{kind}" in inputs}
@@ -332,16 +332,9 @@ def outputs(model: Transformer, inputs: dict[str, Any]) -> dict[str, jax.Array]:
             "position_ids": jnp.moveaxis(jnp.asarray(inputs["positions"]), -1, 0),
             "rope_deltas": jnp.asarray(inputs["deltas"])[:, None],
         }
-    hidden, _ = model(
-        tokens,
-        Place(jnp.ones_like(order), order),
-        keys=Place(mask.astype(jnp.int32), order),  # Padding is not seen, but sees.
-        positions=inputs.get("positions"),
-        images=images,
-    )
-    logits = model.head(hidden)
-    found |= {"logits": logits, "last_hidden_state": hidden.astype(jnp.float32)}
-    return found | ({"loss": causal.next_token_loss(logits, inputs["labels"])} if "labels" in inputs else {})
+    place, keys = causal.places(inputs)
+    hidden, _ = model(inputs["input_ids"], place, keys=keys, positions=inputs.get("positions"), images=images)
+    return found | causal.described(model, hidden, inputs)
 
 
 def greedy(
@@ -351,8 +344,8 @@ def greedy(
     sight = Sight()
     if "images" in inputs:
         lengths, images = causal.prompt_lengths(inputs, options), inputs["images"]
-        slots = causal.to_front(images.slots + 1, lengths) - 1
-        sight = Sight(images._replace(slots=slots), causal.to_front(inputs["positions"], lengths), inputs["deltas"])
+        images = images._replace(slots=causal.moved(images.slots, lengths, -1))
+        sight = Sight(images, causal.moved(inputs["positions"], lengths, 0), inputs["deltas"])
     return causal.greedy(config, weights, inputs, new_tokens, options, sight)
 
 

@@ -89,7 +89,7 @@ def run(
 def checked(config: ModelConfig, inputs: dict[str, np.ndarray], options: dict[str, Any]) -> dict[str, np.ndarray]:
     """The arrays as the model takes them: pixel_values [R, H, W, channels]. Raises UserError as `run`."""
     named(inputs, INPUTS)
-    return {"pixel_values": pixels(config, inputs, ("images",), False)} | labels(config, inputs, options)
+    return {"pixel_values": pixels(config, inputs, True)} | labels(config, inputs, options)
 
 
 def outputs(model: ImageClassifier, inputs: dict[str, Any]) -> dict[str, jax.Array]:

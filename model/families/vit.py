@@ -143,7 +143,7 @@ def refuse_tokens(config: ModelConfig, new_tokens: int) -> None:
 def checked(config: ModelConfig, inputs: dict[str, np.ndarray], options: dict[str, Any]) -> dict[str, np.ndarray]:
     """The arrays as the model takes them: pixel_values [R, H, W, channels]. Raises UserError as `run`."""
     named(inputs, INPUTS)
-    arrays = {"pixel_values": pixels(config, inputs, ("images",), flag(inputs, "interpolate_pos_encoding"))}
+    arrays = {"pixel_values": pixels(config, inputs, flag(inputs, "interpolate_pos_encoding"))}
     return arrays | labels(config, inputs, options)
 
 
@@ -161,29 +161,26 @@ def flag(inputs: dict[str, np.ndarray], name: str) -> bool:
     return bool(value)
 
 
-def pixels(config: ModelConfig, inputs: dict[str, np.ndarray], lead: tuple[str, ...], resampled: bool) -> np.ndarray:
+def pixels(
+    config: ModelConfig, inputs: dict[str, np.ndarray], any_size: bool, lead: tuple[str, ...] = ("images",)
+) -> np.ndarray:
     """pixel_values [*lead, channels, H, W] as [*lead, H, W, channels] float32.
 
-    Of a ViT, H and W are those of the configuration or, `resampled`, multiples of a patch's. Raises UserError for
-    other shapes and types, naming the dimensions by `lead`.
+    A ResNet takes any size, a ViT with `any_size` any that holds a patch, and else that of the configuration. Raises
+    UserError for other shapes and types.
     """
     vision = config.vision
     if "pixel_values" not in inputs:
         raise UserError("inputs: pixel_values is missing")
-    array = inputs["pixel_values"]
-    given = f"inputs: pixel_values is {array.dtype}{list(array.shape)}"
-    wanted = ", ".join((*lead, str(vision.channels), "height", "width"))
-    if array.ndim != len(lead) + 3 or array.dtype.kind != "f" or array.shape[-3] != vision.channels or not array.size:
-        raise UserError(f"{given}; must be floats [{wanted}]")
-    size, patch = array.shape[-2:], (vision.patch_size, vision.reduction_across)
-    if vision.encoder == "vit" and resampled and any(side % of for side, of in zip(size, patch, strict=True)):
-        raise UserError(f"{given}: height and width must be multiples of a patch's {patch[0]} x {patch[1]}")
-    full = (vision.image_size, vision.image_width or vision.image_size)
-    if vision.encoder == "vit" and not resampled and size != full:
-        raise UserError(
-            f"{given}: images must be {full[0]} x {full[1]}; give interpolate_pos_encoding for those of another size"
-        )
-    return np.moveaxis(array, -3, -1).astype(np.float32)
+    array, vit = inputs["pixel_values"], vision.encoder == "vit"
+    full = (vision.image_size, vision.image_width or vision.image_size) if vit and not any_size else ()
+    least = (vision.patch_size, vision.reduction_across) if vit else (1, 1)
+    wanted = ", ".join(map(str, (*lead, vision.channels, *(full or ("rows", "columns")))))
+    right = array.ndim == len(lead) + 3 and array.shape[-3] == vision.channels and array.dtype.kind == "f"
+    size = array.shape[-2:]
+    if not right or not array.size or (full and size != full) or size[0] < least[0] or size[1] < least[1]:
+        raise UserError(f"inputs: pixel_values is {array.dtype}{list(array.shape)}; must be floats [{wanted}]")
+    return np.ascontiguousarray(np.moveaxis(array, -3, -1), np.float32)
 
 
 def labels(config: ModelConfig, inputs: dict[str, np.ndarray], options: dict[str, Any]) -> dict[str, np.ndarray]:

@@ -187,10 +187,10 @@ def test_images_and_labels_that_do_not_fit_are_refused(family, one_device):
     case = opened(HERE / "vision_cases" / f"{family}_0", one_device)
     images = case.arrays["inputs"]["pixel_values"]
     refused(case, "pixel_values is missing", pixel_values=None)
-    rows = len(images)
+    rows, wanted = len(images), "16, 16" if family == "vit" else "rows, columns"
     refused(case, "pixel_values is float32[2, 16, 16, 3]", pixel_values=np.zeros((2, 16, 16, 3), np.float32))
-    refused(case, "must be floats [images, 3, height, width]", pixel_values=images.astype(np.int32))
-    refused(case, "must be floats [images, 3, height, width]", pixel_values=images[0])
+    refused(case, f"must be floats [images, 3, {wanted}]", pixel_values=images.astype(np.int32))
+    refused(case, f"must be floats [images, 3, {wanted}]", pixel_values=images[0])
     refused(case, f"labels is int32[5]; must be integers [{rows}]", labels=np.zeros(5, np.int32))
     refused(case, "labels from 0 to 9: valid: 0 to", labels=9 * np.eye(rows, dtype=np.int32)[0])
     refused(case, "'pixels' is not supported; valid: pixel_values, labels", pixels=images)
@@ -202,10 +202,10 @@ def test_images_and_labels_that_do_not_fit_are_refused(family, one_device):
 def test_a_vit_takes_another_size_only_where_it_is_told_to(one_device):
     case = opened(HERE / "vision_cases" / "vit_0", one_device)
     large = np.zeros((3, 3, 24, 16), np.float32)
-    refused(case, "images must be 16 x 16; give interpolate_pos_encoding", pixel_values=large)
+    refused(case, "must be floats [images, 3, 16, 16]", pixel_values=large)
     assert case.checked(pixel_values=large, interpolate_pos_encoding=np.True_)["pixel_values"].shape == (3, 24, 16, 3)
-    uneven = {"pixel_values": large[..., :-1], "interpolate_pos_encoding": np.True_}
-    refused(case, "multiples of a patch's 4 x 4", **uneven)
+    small = {"pixel_values": large[..., :3], "interpolate_pos_encoding": np.True_}
+    refused(case, "must be floats [images, 3, rows, columns]", **small)
     refused(
         case,
         "interpolate_pos_encoding is int64[2]; must be one true or false",
@@ -226,7 +226,7 @@ def test_images_and_masks_that_do_not_fit_a_text_are_refused(idefics_0):
     refused(idefics_0, "[rows, tokens of input_ids, images of pixel_values]", image_attention_mask=mask[:, :-1])
     refused(idefics_0, "[rows, tokens of input_ids, images of pixel_values]", image_attention_mask=mask / 2)
     refused(idefics_0, "pixel_values has 2 rows, input_ids 3", pixel_values=images[:2])
-    refused(idefics_0, "must be floats [rows, images, 3, height, width]", pixel_values=images[0])
+    refused(idefics_0, "must be floats [rows, images, 3, 16, 16]", pixel_values=images[0])
     refused(idefics_0, "valid: 0 to 63", input_ids=np.full(mask.shape[:2], 64))
     refused(idefics_0, "'image_encoder_embeddings' is not supported", image_encoder_embeddings=images)
 
