@@ -39,9 +39,10 @@ class SelfAttention(nnx.Module):
         heads, kv_heads = (config.heads, "heads"), (config.kv_heads, "kv_heads")
         self.scale = (config.query_scalar or config.head_dim) ** -0.5
         start = config.head_dim**-0.5 / self.scale  # Scores start as large as they do with the usual scale.
-        self.query = Linear(config, (embed,), (heads, head_dim), config.attention_bias, rngs, start=start)
-        self.key = Linear(config, (embed,), (kv_heads, head_dim), config.attention_bias, rngs)
-        self.value = Linear(config, (embed,), (kv_heads, head_dim), config.attention_bias, rngs)
+        bias = config.attention_bias and config.attention_qkv_bias
+        self.query = Linear(config, (embed,), (heads, head_dim), bias, rngs, start=start)
+        self.key = Linear(config, (embed,), (kv_heads, head_dim), bias, rngs)
+        self.value = Linear(config, (embed,), (kv_heads, head_dim), bias, rngs)
         out_bias = config.attention_bias and config.attention_out_bias
         self.out = Linear(config, (heads, head_dim), (embed,), out_bias, rngs, residual=True)
         self.norm_whole = config.qk_norm_over == "projection"

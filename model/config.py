@@ -152,6 +152,7 @@ class ModelConfig:
     kind: str = "decoder"  # decoder, encoder (model.bert), encoder_decoder (model.encoder_decoder), vision (model.vit)
     head: str = "language"  # of an encoder: language (masked tokens), pooled (a label per text), token (one per token)
     labels: int = 0  # outputs of a pooled or token head
+    attention_qkv_bias: bool = True  # of an encoder; False: attention_bias is of the output projection only (ViT)
     token_types: int = 0  # of an encoder: kinds of tokens with an embedding of their own (first and second text)
     next_sentence: bool = False  # of an encoder: a second head, for whether the second text follows the first
     decoder_layers: int = 0  # of an encoder_decoder; 0: layers
@@ -338,7 +339,7 @@ class ModelConfig:
                 raise UserError(f"model.{field}={getattr(self, field)}: must not be negative")
         plain = ModelConfig()
         only = {
-            "encoder": ("head", "labels", "token_types", "next_sentence"),
+            "encoder": ("head", "labels", "token_types", "next_sentence", "attention_qkv_bias"),
             "encoder_decoder": ("decoder_layers", "output_scale", "start_token"),
         }
         for kind, fields in only.items():

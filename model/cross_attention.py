@@ -25,12 +25,13 @@ class Source(NamedTuple):
     """An encoded source, `hidden` [B, S, D'] at `place`; without `hidden`, keys and values are in the cache.
 
     `queries` is where the tokens stand for it: those of a segment see what is not after them there. None: they see all
-    of their segment.
+    of their segment, or, with a `mask` [B, T, S] bool, that of it.
     """
 
     hidden: jax.Array | None
     place: Place
     queries: Place | None = None
+    mask: jax.Array | None = None
 
 
 class CrossAttention(nnx.Module):
@@ -70,7 +71,7 @@ class CrossAttention(nnx.Module):
     ) -> tuple[jax.Array, tuple[jax.Array, ...]]:
         """x [B, T, D] at `place` -> ([B, T, D], the source's (keys, values), [B, G, S, K] each).
 
-        A token that may see nothing gets exactly zero where `source.queries` is given.
+        A token that may see nothing gets exactly zero where `source.queries` or `source.mask` is given.
 
         Args:
           held: (keys, values) of an earlier call; read where `source` has no hidden states.
@@ -82,15 +83,17 @@ class CrossAttention(nnx.Module):
             k, v = together(source.hidden, self.key, self.value)
             held = tuple(self._by_head(a) for a in (k if self.key_norm is None else self.key_norm(k), v))
         k, v = held
-        causal = source.queries is not None
+        causal, mask = source.queries is not None, source.mask
         options = {"dropout_rate": self.dropout_rate, "key": key, "causal": causal, "window": self.window}
         queries = source.queries if causal else place
+        if mask is not None:
+            hidden = jnp.where(mask, 0.0, jnp.finfo(jnp.float32).min)[:, None]
+            options["bias"] = jnp.broadcast_to(hidden, (len(q), q.shape[1], *mask.shape[1:]))
+        elif causal:
+            mask = visible(queries, source.place, self.window)
         out = attend(q, k, v, queries, source.place, kind="plain", **options)
         out = self.out(out.swapaxes(1, 2))
-        if causal:
-            sees = visible(queries, source.place, self.window).any(-1)
-            out = jnp.where(sees[..., None], out, 0)
-        return out, held
+        return out if mask is None else jnp.where(mask.any(-1)[..., None], out, 0), held
 
     @staticmethod
     def _by_head(a: jax.Array) -> jax.Array:

@@ -98,8 +98,8 @@ def prefill(
     source = None
     if images is not None and config.fusion != "merge":
         vectors = config.vision.vectors_of(*images.pixels.shape[2:4])
-        seen = jnp.take_along_axis(images.seen, (lengths - 1)[:, None], axis=1)
-        source = Source(None, model.vision.places(images, vectors), Place(jnp.ones_like(seen), seen - 1))
+        images, ones = images.of_token(lengths - 1), jnp.ones_like(lengths)[:, None]
+        source = images.looked_at(Source(None, model.vision.places(images, vectors)), Place(ones, ones))
     return cache, model.head(last), source
 
 

@@ -74,7 +74,17 @@ HANDED_ON = (
     "chat_template.json",
 )
 # Options of config.json that a model does not have and that an export hands on from its import.
-KEPT = ("bos_token_id", "eos_token_id", "pad_token_id", "boi_token_index", "eoi_token_index")
+KEPT = (
+    "bos_token_id",
+    "eos_token_id",
+    "pad_token_id",
+    "boi_token_index",
+    "eoi_token_index",
+    "video_token_id",
+    "vision_start_token_id",
+    "vision_end_token_id",
+    "vision_token_id",
+)
 
 
 class Opened:

@@ -29,9 +29,12 @@ def antialiased(size: int, out: int, method: str) -> np.ndarray:
     return (weights / weights.sum(1, keepdims=True)).astype(np.float32)
 
 
-def interpolated(size: int, out: int, method: str) -> np.ndarray:
-    """Two or four pixels around each output's centre; those outside are the border's."""
-    centres = size / out * (np.arange(out) + 0.5) - 0.5
+def interpolated(size: int, out: int, method: str, slack: float = 0.0) -> np.ndarray:
+    """Two or four pixels around each output's centre; those outside are the border's.
+
+    slack: added to `out`, as some do to be safe from rounding: the outputs then lie a little nearer.
+    """
+    centres = size / (out + slack) * (np.arange(out) + 0.5) - 0.5
     taps = np.arange(-1, 3) if method == "bicubic" else np.arange(2)
     near = np.floor(centres)[:, None] + taps
     distance = centres[:, None] - near

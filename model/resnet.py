@@ -1,4 +1,5 @@
-"""Residual networks (arXiv:1512.03385): basic and bottleneck blocks, the stride in the 3 x 3 convolution (v1.5).
+"""Residual networks (arXiv:1512.03385): basic and bottleneck blocks, the stride in the 3 x 3 convolution (v1.5) or,
+as in the paper, in the first.
 
 Normalised by groups, with standardised kernels (arXiv:1912.11370), which has no state and trains with any batch; or by
 the statistics that a trained network with batch normalisation (arXiv:1502.03167) brings, which stay as they are.
@@ -15,6 +16,7 @@ from flax import nnx
 from model.config import ModelConfig
 from model.convolution import Convolution, GroupNorm, pooled
 from model.linear import ones, parameter, zeros
+from model.mlp import ACTIVATIONS
 
 EXPANSION = 4  # of a bottleneck: its outputs for each of its inner channels
 BATCH_NORM_EPS = 1e-5
@@ -57,8 +59,9 @@ class ResNetBlock(nnx.Module):
             sizes = [(3, inputs, outputs, stride), (3, outputs, outputs, 1)]
         else:
             inner = outputs // EXPANSION
-            sizes = [(1, inputs, inner, 1), (3, inner, inner, stride), (1, inner, outputs, 1)]
-        self.count = len(sizes)
+            first, second = (stride, 1) if config.vision.reduces_first else (1, stride)
+            sizes = [(1, inputs, inner, first), (3, inner, inner, second), (1, inner, outputs, 1)]
+        self.count, self.activation = len(sizes), ACTIVATIONS[config.vision.conv_activation]
         for i, (size, of, to, step) in enumerate(sizes):
             setattr(self, f"unit_{i}", Unit(config, size, of, to, rngs, step))
         changes = stride != 1 or inputs != outputs
@@ -69,26 +72,27 @@ class ResNetBlock(nnx.Module):
         y = x
         for i in range(self.count):
             y = getattr(self, f"unit_{i}")(y if i == 0 else jax.nn.relu(y))
-        return jax.nn.relu(y + (x if self.shortcut is None else self.shortcut(x)))
+        return self.activation(y + (x if self.shortcut is None else self.shortcut(x)))
 
 
 class ResNet(nnx.Module):
     """A stem of 7 x 7 with stride 2 and the maximum of 3 x 3, then stages of blocks, of which all but the first
-    halve the sides."""
+    halve the sides, and it too with vision.first_stride."""
 
     def __init__(self, config: ModelConfig, rngs: nnx.Rngs):
         vision = config.vision
         self.stem = Unit(config, 7, vision.channels, vision.stem_width, rngs, 2)
         self.depths, inputs = vision.depths, vision.stem_width
+        self.activation = ACTIVATIONS[vision.conv_activation]
         for stage, (width, depth) in enumerate(zip(vision.widths, vision.depths, strict=True)):
             for block in range(depth):
-                stride = 2 if stage and not block else 1
+                stride = 1 if block else 2 if stage else vision.first_stride
                 setattr(self, f"stage_{stage}_{block}", ResNetBlock(config, inputs, width, stride, rngs))
                 inputs = width
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        """x [R, H, W, C] -> [R, H / F, W / F, width of the last stage] with F = 2^(stages + 1)."""
-        x = pooled(jax.nn.relu(self.stem(x)), 3, 2, 1)
+        """x [R, H, W, C] -> [R, H / F, W / F, width of the last stage] with F = 2^(stages + 1) first_stride."""
+        x = pooled(self.activation(self.stem(x)), 3, 2, 1)
         for stage, depth in enumerate(self.depths):
             for block in range(depth):
                 x = getattr(self, f"stage_{stage}_{block}")(x)

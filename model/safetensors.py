@@ -82,6 +82,26 @@ class Tensor(NamedTuple):
         return out
 
 
+class Joined(NamedTuple):
+    """Tensors that follow each other along their first dimension, as one, made in memory whenever it is read."""
+
+    parts: tuple[Tensor, ...]
+
+    @property
+    def spec(self) -> Spec:
+        """What a header would say of it."""
+        first = self.parts[0].spec
+        return Spec(first.dtype, (sum(part.spec.shape[0] for part in self.parts), *first.shape[1:]))
+
+    def view(self) -> np.ndarray:
+        """The whole."""
+        return np.concatenate([part.view() for part in self.parts])
+
+    def copy(self, view: np.ndarray) -> np.ndarray:
+        """A contiguous copy of `view`."""
+        return np.ascontiguousarray(view)
+
+
 def open_file(path: Path) -> dict[str, Tensor]:
     """The tensors of one file by name. Raises UserError, naming the file and what is wrong with it."""
     try:

@@ -168,7 +168,7 @@ class Transformer(nnx.Module):
             h = self.embedding(tokens)
             h = h if self.embedding_scale == 1.0 else h * self.embedding_scale
             if images is not None:
-                source = self.vision(images)._replace(queries=images.queries(place))
+                source = images.looked_at(self.vision(images), place)
                 place = place._replace(blocks=images.blocks(self.mask, place))
                 h = merged(h, source.hidden, images.slots) if self.fusion == "merge" else h
             if self.position_embedding is not None:

@@ -44,10 +44,27 @@ class Images(NamedTuple):
     seen: jax.Array  # [B, T] int32, images of the row up to and with this token
     given: jax.Array  # [B, T] int32, 1 where a token is given, 0 where it is to be answered
     positions: jax.Array | None = None  # [B, M, 2] int32, row and column of a packed patch; None: images of one size
+    visible: jax.Array | None = None  # [B, T, N] bool, images that a token looks at (cross); None: as vision.sees says
 
     def queries(self, place: Place) -> Place:
         """Where tokens at `place` stand among the images: at the last one that they have seen."""
         return Place(place.segments, self.seen - 1)
+
+    def of_token(self, number: jax.Array) -> Images:
+        """The same for the token `number` [B] of each row alone."""
+        number = number[:, None]
+        visible = self.visible
+        return self._replace(
+            seen=jnp.take_along_axis(self.seen, number, axis=1),
+            visible=None if visible is None else jnp.take_along_axis(visible, number[..., None], axis=1),
+        )
+
+    def looked_at(self, source: Source, place: Place) -> Source:
+        """The images' vectors as tokens at `place` see them: by `visible`, or by where they stand among the images."""
+        if self.visible is None:
+            return source._replace(queries=self.queries(place))
+        vectors = source.place.segments.shape[1] // self.visible.shape[2]
+        return source._replace(mask=jnp.repeat(self.visible, vectors, axis=2))
 
     def opening(self, place: Place) -> jax.Array:
         """[B, T] int32, 1 for the tokens at `place` that are given before the first of their text to be answered.
@@ -77,12 +94,12 @@ class Encoder(nnx.Module):
 
     def __init__(self, config: ModelConfig, rngs: nnx.Rngs):
         vision = config.vision
-        self.patch_size, self.normalization = vision.patch_size, vision.normalization
+        self.patch, self.normalization = (vision.patch_size, vision.reduction_across), vision.normalization
         self.temporal_patch = vision.temporal_patch
         hybrid = vision.encoder == "vit" and vision.stem == "resnet"
         self.resnet = ResNet(config, rngs) if vision.encoder == "resnet" or hybrid else None
         self.cnn = CNN(config, rngs) if vision.encoder == "cnn" else None
-        inputs = (1, 1, vision.widths[-1]) if hybrid else (vision.patch_size, vision.patch_size, vision.channels)
+        inputs = (1, 1, vision.widths[-1]) if hybrid else (*self.patch, vision.channels)
         inputs = (vision.temporal_patch, *inputs) if vision.temporal_patch > 1 else inputs
         self.vit = ViT(config, inputs, rngs) if vision.encoder == "vit" else None
 
@@ -91,9 +108,9 @@ class Encoder(nnx.Module):
         x = normalized(x, self.normalization)
         for convolutional in (self.resnet, self.cnn):
             x = x if convolutional is None else convolutional(x)
-        size = self.patch_size if self.resnet is None and self.cnn is None else 1
-        grid = (x.shape[1] // size, x.shape[2] // size)
-        x = patches(x, size)
+        size = self.patch if self.resnet is None and self.cnn is None else (1, 1)
+        grid = (x.shape[1] // size[0], x.shape[2] // size[1])
+        x = patches(x, *size)
         if self.vit is None:
             return x.reshape(*x.shape[:2], -1), grid
         if self.temporal_patch > 1:

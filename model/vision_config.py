@@ -13,6 +13,7 @@ CHOICES = {
     "activation": ("gelu", "gelu_tanh", "quick_gelu", "relu", "swiglu", "geglu", "geglu_erf"),
     "positions": ("learned", "sincos", "rope", "none"),
     "connector_activation": ("gelu", "gelu_tanh", "relu"),
+    "conv_activation": ("relu", "gelu", "gelu_tanh"),
     "stem": ("patches", "resnet"),
     "block": ("basic", "bottleneck"),
     "conv_norm": ("group", "batch"),
@@ -42,9 +43,11 @@ class VisionConfig:
     # The encoder: images to a grid of vectors
     encoder: str = "none"  # none: text alone; vit, cnn (model.convolution) or resnet
     image_size: int = 64  # pixels of a side, where images are made one size
+    image_width: int = 0  # of images that are not square, whose height image_size is then; 0: image_size
     channels: int = 3
     normalization: str = "half"  # of pixels 0 to 255 (NORMALIZATIONS)
     patch_size: int = 16  # of a vit
+    patch_width: int = 0  # of patches that are not square, whose height patch_size is then; 0: patch_size
     temporal_patch: int = 1  # of a vit: images one after the other in a patch (Qwen2-VL: 2, a still one twice)
     stem: str = "patches"  # of a vit: what makes its input, pixels or a resnet's vectors (hybrid, arXiv:2010.11929)
     layers: int = 4
@@ -53,10 +56,12 @@ class VisionConfig:
     mlp_dim: int = 0  # 0: 4 * embed_dim
     activation: str = "gelu_tanh"
     attention_bias: bool = True
+    qkv_bias: bool = True  # of a vit; False: attention_bias is of the output projection only
     norm: str = "layernorm"
     norm_eps: float = 1e-6
     init: str = "xavier"
     positions: str = "learned"  # of a vit: learned, sincos, rope (both in two dimensions), none
+    position_slack: float = 0.0  # added to the patches of a side where learned positions are resampled (Idefics: 0.1)
     rope_theta: float = 10_000.0
     class_token: bool = False
     patch_bias: bool = True
@@ -71,6 +76,9 @@ class VisionConfig:
     depths: tuple[int, ...] = (2, 2, 2, 2)  # of a resnet: blocks of each stage
     block: str = "basic"  # of a resnet
     stem_width: int = 64  # of a resnet
+    conv_activation: str = "relu"  # of a resnet: after the stem and every sum; inside a block it is ReLU
+    first_stride: int = 1  # of a resnet: of its first stage
+    reduces_first: bool = False  # of a bottleneck: the stride is in its first convolution, not in that of 3 x 3
     conv_norm: str = "group"  # of a resnet: group (with standardised kernels; trainable), batch (fixed statistics)
 
     # The connector: vectors of the encoder to those of the text
@@ -142,7 +150,10 @@ class VisionConfig:
         ):
             if getattr(self, field) < 1:
                 raise UserError(f"model.vision.{field}={getattr(self, field)}: must be at least 1")
-        for field in ("unused_layers", "image_positions", "mlp_dim", "connector_dim", "connection_dim"):
+        if self.first_stride not in (1, 2):
+            raise UserError(f"model.vision.first_stride={self.first_stride}: valid: 1, 2")
+        whole = ("unused_layers", "image_positions", "mlp_dim", "connector_dim", "connection_dim")
+        for field in (*whole, "image_width", "patch_width", "position_slack"):
             if getattr(self, field) < 0:
                 raise UserError(f"model.vision.{field}={getattr(self, field)}: must not be negative")
         for field in ("norm_eps", "connector_eps", "rope_theta"):
@@ -162,18 +173,23 @@ class VisionConfig:
         if not 0 <= self.offset < self.every:
             raise UserError(f"model.vision.offset={self.offset}: valid: 0 to model.vision.every - 1 = {self.every - 1}")
         # Patches leave out what is too little for one of them at the right and below (SigLIP: 384 by 14).
-        cut = self.encoder == "vit" and self.stem == "patches" and self.image_size >= self.patch_size
+        cut = self.encoder == "vit" and self.stem == "patches" and min(self.grid, self.columns) > 0
         if self.image_size % self.reduction and not cut:
             raise UserError(
                 f"model.vision.image_size={self.image_size}: not a multiple of the {self.reduction} pixels of a vector"
             )
+        width = self.image_width or self.image_size
+        if width % self.reduction_across and not cut:
+            raise UserError(
+                f"model.vision.image_width={width}: not a multiple of the {self.reduction_across} pixels of a vector"
+            )
         self._check_vit()
         if self.pools and self.keep_class:
             raise UserError(f"model.vision.keep_class=True: not with model.vision.connector={self.connector!r}")
-        if self.pools and self.grid % self.shrink:
+        if self.pools and (self.grid % self.shrink or self.columns % self.shrink):
             raise UserError(
-                f"model.vision.connector_factor={self.connector_factor}: does not divide the {self.grid} vectors of a "
-                "side"
+                f"model.vision.connector_factor={self.connector_factor}: does not divide the {self.grid} x "
+                f"{self.columns} vectors of an image"
             )
 
     def _check_vit(self) -> None:
@@ -184,6 +200,8 @@ class VisionConfig:
                     f"model.vision.{field}={getattr(self, field)!r}: only with model.vision.encoder='vit', not "
                     f"{self.encoder!r}"
                 )
+            if self.patch_width:
+                raise UserError(f"model.vision.patch_width={self.patch_width}: only with model.vision.encoder='vit'")
             return
         if self.embed_dim % self.heads:
             raise UserError(f"model.vision.heads={self.heads}: does not divide model.vision.embed_dim={self.embed_dim}")
@@ -216,23 +234,34 @@ class VisionConfig:
     @property
     def reduction(self) -> int:
         """Pixels along a side for each of the encoder's vectors."""
-        of_resnet = 4 * 2 ** (len(self.widths) - 1)
+        of_resnet = 4 * self.first_stride * 2 ** (len(self.widths) - 1)
         if self.encoder == "vit":
             return self.patch_size if self.stem == "patches" else of_resnet
         return of_resnet if self.encoder == "resnet" else 2 ** len(self.widths)
 
     @property
+    def reduction_across(self) -> int:
+        """As `reduction`, along the width."""
+        return self.patch_width or self.reduction
+
+    @property
     def grid(self) -> int:
-        """The encoder's vectors along a side of an image of image_size."""
+        """The encoder's vectors along a side, or, where it is not square, the height, of an image of image_size."""
         return self.image_size // self.reduction
+
+    @property
+    def columns(self) -> int:
+        """The encoder's vectors along the width of an image of image_size."""
+        return (self.image_width or self.image_size) // self.reduction_across
 
     @property
     def vectors(self) -> int:
         """Vectors that an image of image_size gives to the text."""
-        return self.vectors_of(self.image_size, self.image_size)
+        return self.vectors_of(self.image_size, self.image_width or self.image_size)
 
     def vectors_of(self, height: int, width: int) -> int:
         """Vectors that an image of so many pixels gives to the text."""
         if self.connector == "perceiver":
             return self.latents
-        return math.prod(side // self.reduction // self.shrink for side in (height, width)) + self.keep_class
+        sides = height // self.reduction, width // self.reduction_across
+        return math.prod(side // self.shrink for side in sides) + self.keep_class

@@ -39,6 +39,7 @@ def tower_config(config: ModelConfig) -> ModelConfig:
             mlp_dim=vision.mlp_dim,
             activation=vision.activation,
             attention_bias=vision.attention_bias,
+            attention_qkv_bias=vision.qkv_bias,
             positions="rope" if vision.positions == "rope" else "none",
             norm=vision.norm,
             norm_eps=vision.norm_eps,
@@ -50,12 +51,16 @@ def tower_config(config: ModelConfig) -> ModelConfig:
     ).resolved()
 
 
-def patches(x: jax.Array, size: int) -> jax.Array:
-    """Images x [R, H, W, C] -> patches [R, h w, size, size, C], row by row; pixels that fill none are left out."""
+def patches(x: jax.Array, size: int, across: int = 0) -> jax.Array:
+    """Images x [R, H, W, C] -> patches [R, h w, size, across, C], row by row; square where across is 0.
+
+    Pixels that fill none are left out.
+    """
     r, height, width, channels = x.shape
-    h, w = height // size, width // size
-    x = x[:, : h * size, : w * size].reshape(r, h, size, w, size, channels).swapaxes(2, 3)
-    return x.reshape(r, -1, size, size, channels)
+    across = across or size
+    h, w = height // size, width // across
+    x = x[:, : h * size, : w * across].reshape(r, h, size, w, across, channels).swapaxes(2, 3)
+    return x.reshape(r, -1, size, across, channels)
 
 
 def grid_positions(height: int, width: int) -> np.ndarray:
@@ -78,7 +83,8 @@ class ViT(nnx.Module):
         """inputs: the dimensions of a patch; (time,) rows, columns, channels."""
         vision, tower = config.vision, tower_config(config)
         self.embed_dim, self.positions, self.theta = vision.embed_dim, vision.positions, vision.rope_theta
-        self.head_dim, self.grid, self.used = tower.head_dim, vision.grid, vision.layers - vision.unused_layers
+        self.head_dim, self.used = tower.head_dim, vision.layers - vision.unused_layers
+        self.grid, self.slack = (vision.grid, vision.columns), vision.position_slack
         norm = dataclasses.replace(tower, norm_eps=vision.final_norm_eps)
 
         def draw(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
@@ -89,7 +95,7 @@ class ViT(nnx.Module):
 
         of_patch = tuple((size, "patch") for size in inputs)
         self.patch = Linear(tower, of_patch, ((vision.embed_dim, "embed"),), vision.patch_bias, rngs)
-        learned, rows = vision.positions == "learned", vision.grid**2 + vision.class_token
+        learned, rows = vision.positions == "learned", vision.grid * vision.columns + vision.class_token
         self.position_embedding = table(rows, ("positions", "norm")) if learned else None
         self.class_token = table(1, ("positions", "norm")) if vision.class_token else None
         self.embedding_norm = Norm(tower, vision.embed_dim, "norm", rngs) if vision.embedding_norm else None
@@ -138,10 +144,11 @@ class ViT(nnx.Module):
 
     def _learned(self, positions: jax.Array, grid: tuple[int, int] | None) -> jax.Array:
         """The table's rows for patches, [R or 1, M, D]."""
-        table = self.position_embedding.get_value()[-self.grid * self.grid :]
+        table = self.position_embedding.get_value()[-self.grid[0] * self.grid[1] :]
         if grid is None:
-            return jnp.take(table, positions[..., 0] * self.grid + positions[..., 1], axis=0)
-        if grid != (self.grid, self.grid):
-            rows, columns = (interpolated(self.grid, size, "bicubic") for size in grid)
-            table = jnp.einsum("hr,wc,rcd->hwd", rows, columns, table.reshape(self.grid, self.grid, -1))
+            return jnp.take(table, positions[..., 0] * self.grid[1] + positions[..., 1], axis=0)
+        if grid != self.grid:
+            sizes = zip(self.grid, grid, strict=True)
+            rows, columns = (interpolated(a, b, "bicubic", self.slack) for a, b in sizes)
+            table = jnp.einsum("hr,wc,rcd->hwd", rows, columns, table.reshape(*self.grid, -1))
         return table.reshape(1, -1, self.embed_dim)

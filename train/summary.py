@@ -57,7 +57,7 @@ def shown(experiment: Experiment) -> Shown:
     if vision.encoder == "none":
         return Shown()
     images = data.images if experiment.objective.name == "conversation" else 1
-    encoded, vectors = images * (vision.grid**2 + vision.class_token), images * vision.vectors
+    encoded, vectors = images * (vision.grid * vision.columns + vision.class_token), images * vision.vectors
     if data.image_fit == "native":
         encoded, vectors = data.patches, data.patches // vision.shrink**2
     return Shown(encoded / data.context, vectors / data.context, vectors)
@@ -85,7 +85,11 @@ def flops_per_token(
     keys = seen * config.layers // len(config.pattern)
     keys += shown.row * sum(config.looks(i) for i in range(len(config.pattern))) * config.layers // len(config.pattern)
     vision = config.vision
-    inside = vision.layers * vision.embed_dim * (vision.grid**2) * shown.encoded if vision.encoder == "vit" else 0
+    inside = (
+        vision.layers * vision.embed_dim * (vision.grid * vision.columns) * shown.encoded
+        if vision.encoder == "vit"
+        else 0
+    )
     return round(products + 12 * (config.heads * config.head_dim * keys + inside))
 
 

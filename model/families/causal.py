@@ -13,7 +13,7 @@ import numpy as np
 
 from model.attention import Place
 from model.config import ModelConfig
-from model.decode import decoding_weights, make_decoder, row_keys, slots_for
+from model.decode import NOTHING_SEEN, Sight, decoding_weights, make_decoder, row_keys, slots_for
 from model.sampling import Sampling
 from model.transformer import Transformer, Weights, bind, build
 from tpu.errors import UserError
@@ -110,11 +110,17 @@ def next_token_loss(logits: jax.Array, labels: jax.Array) -> jax.Array:
 
 
 def greedy(
-    config: ModelConfig, weights: Weights, inputs: dict[str, np.ndarray], new_tokens: int, options: dict[str, Any]
+    config: ModelConfig,
+    weights: Weights,
+    inputs: dict[str, np.ndarray],
+    new_tokens: int,
+    options: dict[str, Any],
+    sight: Sight = NOTHING_SEEN,
 ) -> np.ndarray:
     """sequences [B, T + N] int64: input_ids and the most probable tokens after them, through our cache.
 
-    Padding is to lie on the left. A row that has ended is padded on; N is below `new_tokens` where all rows end before.
+    Padding is to lie on the left, but in `sight`, which is of rows as `moved` leaves them. A row that has ended is
+    padded on; N is below `new_tokens` where all rows end before.
     """
     tokens = inputs["input_ids"]
     lengths = prompt_lengths(inputs, options)
@@ -129,7 +135,7 @@ def greedy(
     prepared = decoding_weights(config, weights)
     limits, keys = np.full(rows, new_tokens, np.int32), row_keys([0] * rows, [0] * rows)
     slots = slots_for(width, int(lengths.max()) + new_tokens)
-    state, first, _ = decoder.start(prepared, prompts, lengths, sampling, keys, limits, slots)
+    state, first, _ = decoder.start(prepared, prompts, lengths, sampling, keys, limits, slots, sight)
     new = np.asarray(first)
     if new_tokens > 1:
         new = np.concatenate([new, np.asarray(decoder.decode(prepared, state, sampling, new_tokens - 1)[1])], axis=1)
@@ -145,7 +151,7 @@ def prompt_lengths(inputs: dict[str, np.ndarray], options: dict[str, Any]) -> np
 
 
 def moved(array: np.ndarray, lengths: np.ndarray, padding: int) -> np.ndarray:
-    """[B, T] with what stands at the right of each row at its left: our cache has a row's first token in slot 0."""
+    """[B, T, ...] with what is at the right of each row at its left: in our cache slot 0 has a row's first token."""
     found = np.full_like(array, padding)
     for row, (values, length) in enumerate(zip(array, lengths, strict=True)):
         found[row, :length] = values[len(values) - length :]

@@ -13,6 +13,7 @@ from model.families import (
     gemma3,
     gemma3_vision,
     gpt2,
+    idefics,
     llama,
     llava,
     mistral,
@@ -20,10 +21,13 @@ from model.families import (
     olmo2,
     paligemma,
     qwen2,
+    qwen2_vl,
     qwen3,
     qwen3_moe,
+    resnet,
     siglip,
     t5,
+    vit,
 )
 from model.families.mapping import Family
 from model.families.options import kinds
@@ -31,6 +35,7 @@ from tpu.errors import UserError
 
 FAMILIES = tuple(m.FAMILY for m in (gpt2, llama, mistral, qwen2, qwen3, gemma2, gemma3, olmo2, mixtral, qwen3_moe))
 FAMILIES += bert.FAMILIES + t5.FAMILIES + tuple(m.FAMILY for m in (clip, siglip, llava, paligemma, gemma3_vision))
+FAMILIES += (vit.FAMILY, resnet.FAMILY, *idefics.FAMILIES, qwen2_vl.FAMILY)
 
 # Fields that say how a model is computed, trained or started, and not what it is.
 FREE = (
@@ -144,7 +149,10 @@ def _bare_vision(model: ModelConfig) -> dict[str, Any]:
     # Streams beside the text and the probe of a pool are made like a vit's layers.
     towers = vit or vision.pool == "map" or fusion in ("co", "tangled")
     with_effect = {
-        ("patch_size",): vit and vision.stem == "patches",
+        ("image_size", "image_width"): vit and vision.positions == "learned",
+        ("patch_size", "patch_width"): vit and vision.stem == "patches",
+        ("qkv_bias",): vit and vision.attention_bias,
+        ("position_slack",): vit and vision.positions == "learned",
         ("temporal_patch", "stem", "positions", "class_token", "patch_bias", "embedding_norm", "final_norm"): vit,
         ("layers", "embed_dim", "unused_layers", "unused_norm"): vit,
         ("heads", "mlp_dim", "activation", "attention_bias", "norm", "norm_eps"): towers,
@@ -152,7 +160,8 @@ def _bare_vision(model: ModelConfig) -> dict[str, Any]:
         ("final_norm_eps",): vit and vision.final_norm and not (vision.unused_layers or vision.unused_norm),
         ("keep_class",): vision.class_token and connects,
         ("widths",): not vit or resnet,
-        ("depths", "block", "stem_width", "conv_norm"): resnet,
+        ("depths", "block", "stem_width", "conv_norm", "conv_activation", "first_stride"): resnet,
+        ("reduces_first",): resnet and vision.block == "bottleneck",
         ("connector", "image_positions"): connects,
         ("connector_dim", "connector_activation"): connects and vision.connector in ("mlp", "merger", "perceiver"),
         ("connector_factor",): connects and vision.pools,
@@ -160,8 +169,7 @@ def _bare_vision(model: ModelConfig) -> dict[str, Any]:
         ("connector_eps",): connects and vision.connector in ("perceiver", "average_pool", "merger"),
         ("connector_qk_norm", "latents"): connects and perceives,
         ("connector_layers", "connector_heads", "connector_head_dim"): connects and perceives,
-        ("image_token",): fusion in ("merge", "cross"),
-        ("mask",): fusion == "merge",
+        ("image_token", "mask"): fusion == "merge",
         ("every", "offset", "sees", "qk_norm", "gate_per_channel"): fusion == "cross",
         ("connections", "connection_heads", "connection_dim"): fusion in ("co", "tangled"),
         ("tangled",): fusion == "tangled",

@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from model.config import ModelConfig
-from model.safetensors import DTYPES, Spec, Tensor
+from model.safetensors import DTYPES, Joined, Spec, Tensor
 from tpu.errors import UserError
 
 MATRICES = ("kernel", "router")  # ends of paths of ours that a peer may hold transposed
@@ -31,6 +31,8 @@ PARAMETERS = {  # our name: theirs
     "variance": "running_var",
 }
 FLOATS = ("F32", "F16", "BF16")
+NUMBER = r"_(\d+)(?=[._])"  # in a path of ours
+STATISTIC, COUNTER = "running_var", "num_batches_tracked"
 
 
 class Peer(NamedTuple):
@@ -60,7 +62,8 @@ class Family:
       architectures: names in config.json, that which is written first; model_type: the other name there.
       paper: where the family is described.
       table: our module (or weight) -> their module (or weight). In our paths "layer" stands for any "layer_i", "gate"
-        for any "gate_i"; {layer} counts those of a stack, the gates apart.
+        for any "gate_i"; {layer} counts those of a stack, the gates apart. Elsewhere "_#" stands for any "_i", and {0},
+        {1} and so on for these numbers in their order.
       read: config.json -> ModelConfig, resolved. Raises UserError for what cannot be expressed here.
       write: ModelConfig -> config.json. What it cannot say is found by reading it again (`model.families.known`).
       run: what `python -m model.hub run` does with arrays, as `model.families.causal.run`.
@@ -68,6 +71,7 @@ class Family:
       ignored: pattern of tensors that are no weights.
       renamed: (pattern, replacement) pairs that make the names of other files of the family those of the table.
       fits: of several families with one architecture, whether a config.json is of this one.
+      joined: tensors whose further rows are, in files that have it, in another tensor: that one's name by theirs.
       head: a tensor of the file that is there where the head is not tied, whatever config.json says; "": it knows.
       objective: what the model was made to learn (`train.config.OBJECTIVES`).
     """
@@ -83,6 +87,7 @@ class Family:
     ignored: str = r".*\.rotary_emb\.inv_freq"
     renamed: tuple[tuple[str, str], ...] = ()
     fits: Callable[[dict[str, Any]], bool] = lambda config: True
+    joined: dict[str, str] = dataclasses.field(default_factory=dict)
     head: str = ""
     objective: str = "next_token"
 
@@ -103,7 +108,8 @@ def elements(family: Family, path: str, shape: tuple[int, ...], config: ModelCon
       shape: with L first where the path goes through groups. config: says what is in a group.
     """
     layer = re.search(r"\.groups\.(layer|gate)_(\d+)\.", path)
-    peer = _peer(family, re.sub(r"\.groups\.(layer|gate)_\d+\.", r".groups.\1.", path))
+    name = re.sub(r"\.groups\.(layer|gate)_\d+\.", r".groups.\1.", path)
+    peer, numbers = _peer(family, name), re.findall(NUMBER, name)
     lead = (1 if layer else 0) + ("{expert}" in peer.name)
     group = [0]  # what of this kind is in a group, by number
     if layer and not path.startswith("vision."):
@@ -112,15 +118,16 @@ def elements(family: Family, path: str, shape: tuple[int, ...], config: ModelCon
     for index in itertools.product(*(range(size) for size in shape[:lead])):
         values = {"layer": index[0] * len(group) + group.index(int(layer[2]))} if layer else {}
         values |= {"expert": index[-1]} if "{expert}" in peer.name else {}
-        found.append(Element(peer._replace(name=peer.name.format(**values)), path, index, shape[lead:]))
+        found.append(Element(peer._replace(name=peer.name.format(*numbers, **values)), path, index, shape[lead:]))
     return found
 
 
 def _peer(family: Family, path: str) -> Peer:
-    if path in family.table:
-        row = family.table[path]
+    name = re.sub(NUMBER, "_#", path)
+    if name in family.table:
+        row = family.table[name]
         return Peer(row) if isinstance(row, str) else row
-    module, _, parameter = path.rpartition(".")
+    module, _, parameter = name.rpartition(".")
     if module not in family.table:
         raise UserError(f"{family.architectures[0]} has no place for the weight {path}")
     row = family.table[module]
@@ -174,6 +181,7 @@ class PeerWeights:
     def __init__(
         self, family: Family, tensors: dict[str, Tensor], shapes: dict[str, tuple[int, ...]], config: ModelConfig
     ):
+        tensors = _joined(tensors, family.joined)
         self._elements = {
             path: {element.index: element for element in elements(family, path, shape, config)}
             for path, shape in shapes.items()
@@ -227,6 +235,17 @@ class PeerWeights:
             yield self.read(path, index).astype(dtype, copy=False)
 
 
+def _joined(tensors: dict[str, Tensor], names: dict[str, str]) -> dict[str, Tensor | Joined]:
+    """The tensors, with those that `names` has made one."""
+    found: dict[str, Tensor | Joined] = dict(tensors)
+    for first, rest in names.items():
+        both = tuple(tensors[name] for name in (first, rest) if name in tensors)
+        if len(both) == 2 and len({(part.spec.dtype, part.spec.shape[1:]) for part in both}) == 1:
+            found[first] = Joined(both)
+            del found[rest]
+    return found
+
+
 def _renamed(family: Family, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     """The tensors by the names of the family's table."""
     found: dict[str, Tensor] = {}
@@ -239,7 +258,7 @@ def _renamed(family: Family, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     return found
 
 
-def _tied_copies(tensors: dict[str, Tensor], wanted: dict[str, Element], left_over: set[str]) -> set[str]:
+def _tied_copies(tensors: dict[str, Tensor | Joined], wanted: dict[str, Element], left_over: set[str]) -> set[str]:
     """Those left over that hold nothing but the token embedding again, as some files of tied models do."""
     table = next((tensors[n] for n, e in wanted.items() if e.path == "embedding.embedding" and n in tensors), None)
     same = lambda t: t.spec == table.spec and np.array_equal(t.view(), table.view())  # noqa: E731
@@ -261,12 +280,16 @@ def export_specs(
     for path, shape in shapes.items():
         for element in elements(family, path, shape, config):
             made_of.setdefault(element.peer.name, []).append(element)
-    return {name: (Spec(dtype, peer_shape(of[0])), of) for name, of in sorted(made_of.items())}
+    specs = {name: (Spec(dtype, peer_shape(of[0])), of) for name, of in made_of.items()}
+    # Beside its running statistics torch keeps the number of batches behind them, which nothing reads.
+    counted = (name.removesuffix(STATISTIC) for name in made_of if name.endswith(f".{STATISTIC}"))
+    specs |= {name + COUNTER: (Spec(np.dtype(np.int64), ()), []) for name in counted}
+    return dict(sorted(specs.items()))
 
 
 def export_tensor(spec: Spec, made_of: list[Element], read: Callable[[str, tuple[int, ...]], Any]) -> np.ndarray:
-    """One tensor of theirs; `read(path, index)` gives what lies there in our weights."""
-    theirs = np.empty(spec.shape, spec.dtype)
+    """One tensor of theirs, 0 where it is made of nothing; `read(path, index)` gives what lies there in our weights."""
+    theirs = np.zeros(spec.shape, spec.dtype)
     for element in made_of:
         view(element, theirs)[...] = read(element.path, element.index)
     return theirs

@@ -19,7 +19,7 @@ from model.decode import advance, slots_for
 from model.families.causal import INPUTS, described, ended, integers, moved, places, prompt_lengths
 from model.families.mapping import Peer
 from model.families.options import filled, get
-from model.families.pairs import pixels
+from model.families.vit import pixels
 from model.kinds import build
 from model.transformer import Weights, bind
 from model.vision import Images

@@ -18,6 +18,7 @@ from model.contrastive import unit
 from model.families.causal import integers
 from model.families.options import filled
 from model.families.towers import CLIP_TEXTS, without_norm
+from model.families.vit import pixels
 from model.kinds import build
 from model.linear import exact_matmul
 from model.transformer import Weights, bind
@@ -70,19 +71,6 @@ def checked(config: ModelConfig, inputs: dict[str, np.ndarray], options: dict[st
             raise UserError(f"inputs: return_loss: needs as many images as texts, not {pictures} and {texts}")
         arrays["loss"] = np.zeros(())
     return arrays
-
-
-def pixels(config: ModelConfig, inputs: dict[str, np.ndarray], any_size: bool) -> np.ndarray:
-    """pixel_values [A, channels, H, W] as [A, H, W, channels] float32; of the model's image_size but for `any_size`."""
-    vision = config.vision
-    if "pixel_values" not in inputs:
-        raise UserError("inputs: pixel_values is missing")
-    array, size = inputs["pixel_values"], vision.image_size
-    wanted = f"[images, {vision.channels}, {'rows, columns' if any_size else f'{size}, {size}'}]"
-    right = array.ndim == 4 and array.shape[1] == vision.channels and len(array) > 0 and array.dtype.kind == "f"
-    if not right or min(array.shape[2:]) < vision.patch_size or (not any_size and array.shape[2:] != (size, size)):
-        raise UserError(f"inputs: pixel_values is {array.dtype}{list(array.shape)}; must be floats {wanted}")
-    return np.ascontiguousarray(array.transpose(0, 2, 3, 1), np.float32)
 
 
 def _ends(tokens: np.ndarray, options: dict[str, Any]) -> np.ndarray:

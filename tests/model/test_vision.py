@@ -16,7 +16,7 @@ import pytest
 from model import kinds, transformer
 from model.config import ModelConfig
 from model.convolution import CNN, GroupNorm, pooled
-from model.interpolation import bicubic
+from model.interpolation import interpolated
 from model.resnet import ResNet
 from model.vision import Encoder, Images, Vision, normalized
 from model.vision_config import VisionConfig
@@ -137,7 +137,7 @@ TO_5_2 = [
 
 @pytest.mark.parametrize("wanted", [TO_3_6, TO_5_2])
 def test_a_table_is_resampled_as_torch_does_it(wanted):
-    rows, columns = (bicubic(4, size) for size in np.shape(wanted))
+    rows, columns = (interpolated(4, size, "bicubic") for size in np.shape(wanted))
     np.testing.assert_allclose(rows @ np.array(TABLE) @ columns.T, wanted, rtol=0, atol=1e-6)
 
 
