@@ -26,5 +26,5 @@ def slopes(heads: int) -> np.ndarray:
 
 def bias(heads: int, queries: jax.Array, keys: jax.Array) -> jax.Array:
     """[B, H, T, S] float32 to add to the scores of queries at positions [B, T] and keys at positions [B, S]."""
-    distance = (queries[:, None, :, None] - keys[:, None, None, :]).astype(jnp.float32)
+    distance = jnp.abs(queries[:, None, :, None] - keys[:, None, None, :]).astype(jnp.float32)
     return -slopes(heads)[:, None, None] * distance

@@ -305,12 +305,13 @@ class ModelConfig:
             raise UserError(f"model.vision.mask={self.vision.mask!r}: not with memory or 'sparse' layers")
         if self.fusion in ("cross", "co", "tangled") and self.remembers:
             raise UserError(f"model.fusion={self.fusion!r}: not with a model that remembers")
-        width = self.vision.embed_dim if self.vision.encoder == "vit" else self.vision.widths[-1]
-        if self.fusion == "merge" and self.vision.connector == "none" and width != self.embed_dim:
-            raise UserError(
-                f"model.vision.connector='none': leaves vectors of width {width}, which do not fit a text of "
-                f"model.embed_dim={self.embed_dim}; valid: linear, or another that gives them that width"
-            )
+        if self.fusion == "merge" and self.vision.connector == "none":
+            width = self.vision.embed_dim if self.vision.encoder == "vit" else self.vision.widths[-1]
+            if width != self.embed_dim:
+                raise UserError(
+                    f"model.vision.connector='none': leaves vectors of width {width}, which do not fit a text of "
+                    f"model.embed_dim={self.embed_dim}; valid: linear, or another that gives them that width"
+                )
         if self.fusion in ("co", "tangled"):
             if self.vision.connection_dim % self.vision.connection_heads:
                 raise UserError(

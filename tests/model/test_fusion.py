@@ -19,7 +19,7 @@ import pytest
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 
-from model import transformer
+from model import alibi, transformer
 from model.attention import Place, visible
 from model.cache import empty_cache
 from model.config import ModelConfig
@@ -291,7 +291,7 @@ def configs(draw: st.DrawFn) -> ModelConfig:
     return configured(fusion, **fields)
 
 
-@settings(max_examples=4, phases=[Phase.generate])
+@settings(max_examples=3, phases=[Phase.generate])
 @given(configs(), st.integers(0, 9))
 def test_any_model_generates_what_it_computes(config, seed):
     prompts = ["".join(np.random.default_rng([seed, b]).choice(["t", "t", "a", "I"], 6)) + "t" for b in range(2)]
@@ -371,6 +371,13 @@ def test_masks_are_those_of_their_words(seed, window, mask):
         distance = positions[q] - positions[k]
         wanted = segments[q] == segments[k] and (distance >= 0 or ahead) and (not window or distance < window)
         assert found[q, k] == wanted, (q, k)
+
+
+def test_what_is_ahead_loses_as_much_by_alibi_as_what_is_behind():
+    place = np.arange(5)[None]
+    found = alibi.bias(2, place, place)
+    np.testing.assert_array_equal(found, found.swapaxes(2, 3))
+    assert (found <= 0).all()
 
 
 # Meshes

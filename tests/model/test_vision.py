@@ -30,7 +30,7 @@ SIDE, PATCH, WIDTH = 8, 4, 8
 def made(loop: str = "unroll", **vision: Any) -> ModelConfig:
     """The config of a model that merges the vectors of a tiny ViT, where the fields do not say otherwise."""
     fields = {"image_size": SIDE, "patch_size": PATCH, "layers": 2, "embed_dim": WIDTH, "heads": 2, "mlp_dim": 12}
-    fields = {"encoder": "vit", "connector": "none", "norm_eps": 1e-2} | fields | vision
+    fields = {"encoder": "vit", "connector": "linear", "norm_eps": 1e-2} | fields | vision
     fusion = {"fusion": "merge"} if fields.get("pool", "none") == "none" else {"kind": "vision", "labels": 3}
     shape = {"vocab_size": 9, "layers": 1, "embed_dim": WIDTH, "heads": 2, "layer_loop": loop}
     return ModelConfig(**shape, **fusion, vision=VisionConfig(**fields)).resolved().placed("cpu", "float32")
