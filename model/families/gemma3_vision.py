@@ -67,10 +67,11 @@ def _side(tokens: int, grid: int) -> int:
 def write(model: ModelConfig) -> dict[str, Any]:
     """ModelConfig -> config.json."""
     vision = model.vision
+    side = max(1, vision.image_size // vision.patch_size // vision.connector_factor)
     return multimodal.write_image_token(vision) | {
         "text_config": gemma3.write(model) | {"model_type": "gemma3_text"},
         "vision_config": write_tower(vision, "siglip_vision_model") | {"vision_use_head": False},
-        "mm_tokens_per_image": vision.vectors,
+        "mm_tokens_per_image": side**2,
         "tie_word_embeddings": model.tied_head,
         "initializer_range": model.init_std,
     }

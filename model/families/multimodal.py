@@ -101,7 +101,7 @@ def checked(config: ModelConfig, inputs: dict[str, np.ndarray], options: dict[st
     arrays["given"] = np.zeros_like(arrays["input_ids"])
     arrays["seen"] = np.zeros_like(arrays["input_ids"])
     if vision.mask == "prefix" and types is not None:
-        arrays["blocks"] = arrays["given"] = (types == 0).astype(np.int32)
+        arrays["given"] = (types == 0).astype(np.int32)
     if vision.mask == "images" and types is not None:
         if not np.array_equal(types == 1, stands):
             raise UserError(
@@ -111,7 +111,8 @@ def checked(config: ModelConfig, inputs: dict[str, np.ndarray], options: dict[st
         # Images with nothing between them see each other.
         begins = stands & ~np.pad(stands, ((0, 0), (1, 0)))[:, :-1]
         arrays["seen"] = np.cumsum(begins, axis=1, dtype=np.int32)
-        arrays["blocks"] = np.where(stands, arrays["seen"], 0)
+    if vision.mask != "causal":
+        arrays["blocks"] = arrays["given"] if vision.mask == "prefix" else np.where(stands, arrays["seen"], 0)
     return arrays | _arranged(config, stands, inputs)
 
 

@@ -291,6 +291,25 @@ def test_bad_inputs_of_decoders_that_see(name, changes, message):
         module.checked(opened.model, inputs, opened.generation)
 
 
+@pytest.mark.parametrize("name", ["paligemma_1", "gemma3_1"])
+def test_without_types_of_tokens_all_is_causal(name, one_device):
+    with jax.set_mesh(one_device):
+        directory, model, weights = opened(case(name), one_device)
+        module = of_family(directory)
+        causal = dataclasses.replace(model, vision=dataclasses.replace(model.vision, mask="causal"))
+        typed = arrays(case(name), "prompt")
+        plain = {n: a for n, a in typed.items() if n != "token_type_ids"}
+        found = [
+            module.run(config, weights, inputs, 3, {})
+            for config, inputs in ((model, typed), (model, plain), (causal, plain))
+        ]
+    seen = typed["attention_mask"] != 0
+    logits = [f["logits"][seen] for f in found]
+    assert error(logits[0], logits[1]) > 0.01
+    assert error(logits[1], logits[2]) < 1e-6
+    assert np.array_equal(found[1]["sequences"], found[2]["sequences"])
+
+
 def test_images_cut_by_a_row_and_types_that_are_not_of_images_are_refused():
     opened = hub.Opened(case("llava_0"))
     ids = np.array([[5, 56, 56, 56], [56, 6, 7, 8]])
