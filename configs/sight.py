@@ -23,7 +23,7 @@ TEXTS = ("scenes:caption", "scenes:question", "scenes:compare", "charts:caption"
 STAGES = {
     "text": (("python_docs", *TEXTS), 128, 1, 16, 300),
     "captions": (("scenes:caption",), 64, 1, 32, 1500),
-    "questions": (("scenes:question",), 32, 1, 64, 2000),
+    "questions": (("scenes:dialogue", "scenes:question"), 80, 1, 32, 2500),
     "compare": (("scenes:compare",), 56, 2, 32, 2000),
     "chart_captions": (("charts:caption",), 64, 1, 32, 2000),
     "charts": (("charts:question",), 64, 1, 32, 2000),
@@ -64,7 +64,7 @@ def get_config(argument: str = "merge,questions") -> Experiment:
         ),
         data=DataConfig(
             sources=sources,
-            weights=(0.5, *(0.5 / len(TEXTS),) * len(TEXTS)) if text else (),
+            weights=(0.5, *(0.5 / len(TEXTS),) * len(TEXTS)) if text else (0.9, 0.1)[: len(sources)],
             tokenizer="bpe",
             context=context,
             batch_size=rows,

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -20,7 +20,7 @@ from train.data import drawing
 from train.data.conversation import IMAGE, Conversation, Turn
 from train.data.drawing import BACKGROUNDS, COLOURS, RGB, SHAPES, pick
 
-TASKS = ("caption", "question", "compare")
+TASKS = ("caption", "question", "dialogue", "compare")
 REQUESTS = ("describe", "Describe the picture.", "What is in the picture?")
 PLACES = (
     ("at the top left", "at the top", "at the top right"),
@@ -28,6 +28,7 @@ PLACES = (
     ("at the bottom left", "at the bottom", "at the bottom right"),
 )
 MOST = 4  # things in a scene
+ROUNDS = 3  # questions of a dialogue after the first, at most
 RADII = (0.1, 0.13)  # in parts of the side
 GAP = 1 / 64  # between a shape and the border of its cell, in parts of the side
 
@@ -63,22 +64,27 @@ class Asked(NamedTuple):
 
 
 def make(task: str, seed: int, split: str, index: int, size: int = 64) -> Conversation:
-    """Record `index` of "caption", "question" or "compare", images uint8 [S, S, 3].
+    """Record `index` of "caption", "question", "dialogue" (several questions) or "compare", images uint8 [S, S, 3].
 
     Raises UserError for another task or split, and for a size in which shapes could not be told apart.
     """
+    more: list[Asked] = []
     if task == "caption":
         found = scene(seed, split, index)
         asked = Asked("caption", (found,), REQUESTS[index % len(REQUESTS)], caption(found))
     elif task == "question":
         asked = question(seed, split, index)
+    elif task == "dialogue":
+        asked, *more = dialogue(seed, split, index)
     elif task == "compare":
         asked = comparison(seed, split, index)
     else:
         raise UserError(f"task={task!r}: scenes have no such task; valid: {', '.join(TASKS)}")
-    turns = (Turn("user", IMAGE * len(asked.scenes) + asked.question), Turn("assistant", asked.answer))
+    turns = [Turn("user", IMAGE * len(asked.scenes) + asked.question), Turn("assistant", asked.answer)]
+    for other in more:
+        turns += [Turn("user", other.question), Turn("assistant", other.answer)]
     images = tuple(draw(found, size) for found in asked.scenes)
-    return Conversation(f"scenes:{task}:{split}:{seed}:{index}", turns, images, kind=asked.kind)
+    return Conversation(f"scenes:{task}:{split}:{seed}:{index}", tuple(turns), images, kind=[asked, *more][-1].kind)
 
 
 def swapped(conversation: Conversation) -> Conversation:
@@ -101,6 +107,19 @@ def question(seed: int, split: str, index: int) -> Asked:
     rng = drawing.generator(seed, "scenes:question", split, index)
     ask = pick(rng, _QUESTIONS)
     return drawing.fitting(split, lambda: ask(rng), lambda asked: composition(asked.scenes[0]))
+
+
+def dialogue(seed: int, split: str, index: int) -> list[Asked]:
+    """One to four questions about one scene, none of them twice; it is drawn for the first, which is balanced."""
+    rng = drawing.generator(seed, "scenes:dialogue", split, index)
+    ask = pick(rng, _QUESTIONS)
+    found = [drawing.fitting(split, lambda: ask(rng), lambda asked: composition(asked.scenes[0]))]
+    scene = found[0].scenes[0]
+    for about in rng.permutation(len(_ABOUT))[:ROUNDS].tolist():
+        asked = _ABOUT[about](rng, scene)
+        if asked is not None and asked.question not in [other.question for other in found]:
+            found.append(asked)
+    return found
 
 
 def comparison(seed: int, split: str, index: int) -> Asked:
@@ -177,9 +196,11 @@ def _scene(rng: np.random.Generator, split: str, kinds: Callable[[], list[Kind]]
 
 
 def _colour(rng: np.random.Generator) -> Asked | None:
-    scene = _placed(rng, _kinds(rng, _number(rng)))
-    shapes = Counter(thing.shape for thing in scene.things)
-    alone = [thing for thing in scene.things if shapes[thing.shape] == 1]
+    return _colour_of(rng, _placed(rng, _kinds(rng, _number(rng))))
+
+
+def _colour_of(rng: np.random.Generator, scene: Scene) -> Asked | None:
+    alone = _alone(scene, lambda thing: thing.shape)
     if not alone:
         return None
     thing = pick(rng, alone)
@@ -187,35 +208,55 @@ def _colour(rng: np.random.Generator) -> Asked | None:
 
 
 def _shape(rng: np.random.Generator) -> Asked | None:
-    scene = _placed(rng, _kinds(rng, _number(rng)))
-    colours = Counter(thing.colour for thing in scene.things)
-    alone = [thing for thing in scene.things if colours[thing.colour] == 1]
+    return _shape_of(rng, _placed(rng, _kinds(rng, _number(rng))))
+
+
+def _shape_of(rng: np.random.Generator, scene: Scene) -> Asked | None:
+    alone = _alone(scene, lambda thing: thing.colour)
     if not alone:
         return None
     thing = pick(rng, alone)
     return Asked("shape", (scene,), f"What shape is the {thing.colour} thing?", thing.shape)
 
 
+def _alone(scene: Scene, of: Callable[[Thing], Any]) -> list[Thing]:
+    """The things that are the only ones of their sort."""
+    counts = Counter(of(thing) for thing in scene.things)
+    return [thing for thing in scene.things if counts[of(thing)] == 1]
+
+
 def _count(rng: np.random.Generator) -> Asked:
     counted = _counted(rng)
     count = int(rng.integers(counted.least, MOST + 1))
-    scene = _placed(rng, counted.kinds(rng, count))
+    return _count_of(_placed(rng, counted.kinds(rng, count)), counted)
+
+
+def _count_of(scene: Scene, counted: _Counted) -> Asked:
+    count = sum(counted.matches((thing.colour, thing.shape)) for thing in scene.things)
     return Asked("count", (scene,), f"How many {counted.name} are there?", str(count))
 
 
 def _left(rng: np.random.Generator) -> Asked | None:
-    return _relation(rng, "left", "left of", lambda thing: thing.column)
+    return _left_of(rng, _placed(rng, _kinds(rng, _number(rng, 2))))
+
+
+def _left_of(rng: np.random.Generator, scene: Scene) -> Asked | None:
+    return _relation(rng, scene, "left", "left of", lambda thing: thing.column)
 
 
 def _above(rng: np.random.Generator) -> Asked | None:
-    return _relation(rng, "above", "above", lambda thing: thing.row)
+    return _above_of(rng, _placed(rng, _kinds(rng, _number(rng, 2))))
 
 
-def _relation(rng: np.random.Generator, kind: str, words: str, place: Callable[[Thing], int]) -> Asked | None:
+def _above_of(rng: np.random.Generator, scene: Scene) -> Asked | None:
+    return _relation(rng, scene, "above", "above", lambda thing: thing.row)
+
+
+def _relation(
+    rng: np.random.Generator, scene: Scene, kind: str, words: str, place: Callable[[Thing], int]
+) -> Asked | None:
     """Whether one thing lies before another; which of the two is named first is drawn by lot, and so is the answer."""
-    scene = _placed(rng, _kinds(rng, _number(rng, 2)))
-    kinds = Counter((thing.colour, thing.shape) for thing in scene.things)
-    alone = [thing for thing in scene.things if kinds[thing.colour, thing.shape] == 1]
+    alone = _alone(scene, lambda thing: (thing.colour, thing.shape))
     pairs = [(a, b) for a in alone for b in alone if place(a) < place(b)]
     if not pairs:
         return None
@@ -235,7 +276,18 @@ def _same(rng: np.random.Generator) -> Asked:
     return Asked("same", (scene,), f"Are the {a} and the {b} the same colour?", answer)
 
 
+def _same_of(rng: np.random.Generator, scene: Scene) -> Asked | None:
+    alone = _alone(scene, lambda thing: thing.shape)
+    if len(alone) < 2:
+        return None
+    a, b = (alone[k] for k in rng.permutation(len(alone))[:2].tolist())
+    answer = "yes" if a.colour == b.colour else "no"
+    return Asked("same", (scene,), f"Are the {a.shape} and the {b.shape} the same colour?", answer)
+
+
 _QUESTIONS = (_colour, _shape, _count, _left, _above, _same)
+# The same about a scene that is there already
+_ABOUT = (_colour_of, _shape_of, lambda rng, scene: _count_of(scene, _counted(rng)), _left_of, _above_of, _same_of)
 
 
 # What can be counted, and questions about two scenes

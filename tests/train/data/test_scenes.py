@@ -135,20 +135,23 @@ def test_the_reader_sees_a_wrong_caption():
     assert said(read(other.images[0])) != right.turns[1].text
 
 
-@pytest.mark.parametrize("task", ["question", "compare"])
+@pytest.mark.parametrize("task", ["question", "dialogue", "compare"])
 @pytest.mark.parametrize("split", ["train", "test"])
 def test_answers_are_those_of_the_pixels(task, split):
     kinds = Counter()
     for index in range(2 * COUNT):
         record = scenes.make(task, 5, split, index)
-        user, assistant = record.turns
-        assert user.text.startswith("<image>" * len(record.images))
-        question = user.text.replace("<image>", "")
-        pictures = [read(image) for image in record.images]
-        assert replied(pictures, question) == (record.kind, assistant.text)
-        assert len(assistant.text.split()) == 1
+        assert record.turns[0].text.startswith("<image>" * len(record.images))
+        pictures, asked = [read(image) for image in record.images], []
+        for user, assistant in zip(record.turns[::2], record.turns[1::2], strict=True):
+            asked.append(user.text.replace("<image>", ""))
+            kind, answer = replied(pictures, asked[-1])
+            assert answer == assistant.text
+            assert len(assistant.text.split()) == 1
+        assert kind == record.kind  # the last one's
+        assert len(set(asked)) == len(asked) <= (4 if task == "dialogue" else 1)
         kinds[record.kind] += 1
-    expected = {"colour", "shape", "count", "left", "above", "same"} if task == "question" else {"compare", "both"}
+    expected = {"compare", "both"} if task == "compare" else {"colour", "shape", "count", "left", "above", "same"}
     assert set(kinds) == expected
     assert min(kinds.values()) > COUNT / 6
 
@@ -238,7 +241,7 @@ def test_masks_are_where_the_things_are_drawn(size):
 
 def test_bad_arguments_are_named():
     for arguments, message in (
-        (("captions", 0, "train", 0), "task='captions'.*caption, question, compare"),
+        (("captions", 0, "train", 0), "task='captions'.*caption, question, dialogue, compare"),
         (("caption", 0, "valid", 0), "split='valid'"),
         (("caption", 0, "train", 0, 16), "size=16"),
     ):
