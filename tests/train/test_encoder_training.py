@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from tpu import host
-from train.config import OBJECTIVES, Experiment
+from train.config import CONVERSATIONS, OBJECTIVES, Experiment
 from train.pretrain import pretrain
 from train.restore import open_checkpoint
 from train.signals import Stop
@@ -52,7 +52,7 @@ def run(monkeypatch) -> Callable[[Experiment, Path], list[dict[str, Any]]]:
     return trained
 
 
-@pytest.mark.parametrize("objective", [name for name in OBJECTIVES if name != "next_token"])
+@pytest.mark.parametrize("objective", [name for name in OBJECTIVES if name not in ("next_token", *CONVERSATIONS)])
 def test_every_objective_trains_evaluates_and_resumes_bitwise(objective, micro, run, tmp_path):
     kind, head = OBJECTIVES[objective]
     model = BERT if kind == "encoder" else T5

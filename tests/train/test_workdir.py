@@ -17,6 +17,7 @@ from pathlib import Path
 import pytest
 
 from model.config import ModelConfig
+from model.vision_config import VisionConfig
 from tpu.errors import UserError
 from train.config import DataConfig, Experiment, OptimizerConfig, RunConfig
 from train.workdir import (
@@ -132,7 +133,7 @@ def test_the_experiment_is_read_back_equal(tmp_path):
 OTHER = {str: "other", bool: None, int: 12345, float: 0.123, tuple: ("global",)}
 
 
-@pytest.mark.parametrize("field", [f.name for f in dataclasses.fields(ModelConfig)])
+@pytest.mark.parametrize("field", [f.name for f in dataclasses.fields(ModelConfig) if f.name != "vision"])
 def test_every_field_of_the_model_is_refused_or_free(field):
     old = an_experiment()
     value = getattr(old.model, field)
@@ -146,6 +147,18 @@ def test_every_field_of_the_model_is_refused_or_free(field):
             check_same_model(old, new)
         assert row in str(error.value)
     assert check_same_model(old, old) == []
+
+
+def test_every_field_of_sight_is_refused():
+    old = an_experiment()
+    for field in dataclasses.fields(VisionConfig):
+        value = getattr(old.model.vision, field.name)
+        other = not value if isinstance(value, bool) else OTHER[type(value)]
+        vision = dataclasses.replace(old.model.vision, **{field.name: other})
+        new = dataclasses.replace(old, model=dataclasses.replace(old.model, vision=vision))
+        with pytest.raises(UserError) as error:
+            check_same_model(old, new)
+        assert f"model.vision.{field.name}: {value!r}, {other!r}" in str(error.value)
 
 
 @pytest.mark.parametrize("content", [None, "", "{", "[]", '{"experiment": {"nonsense": 1}}'])
