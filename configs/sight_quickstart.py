@@ -1,4 +1,4 @@
-"""From nothing to a model that answers questions about pictures, on two CPU cores in a quarter of an hour: make sight.
+"""From nothing to a model that answers questions about pictures, on two CPU cores: make sight.
 
     python -m train.pretrain --config=configs/sight_quickstart.py:text --workdir=runs/sight/text
     python -m train.pretrain --config=configs/sight_quickstart.py:align --workdir=runs/sight/align \\

@@ -57,8 +57,8 @@ def train(run: pathlib.Path, flags: list[str]) -> pathlib.Path:
         command = [sys.executable, "-m", "train.pretrain", f"--workdir={run}", *flags, "--config.run.tensorboard=False"]
         started = time.monotonic()
         done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-        if done.returncode:
-            raise SystemExit(f"{' '.join(command)}\n{done.stderr}")
+        if done.returncode or "finished after" not in done.stdout:  # A signal ends it with status 0, to go on later.
+            raise SystemExit(f"{' '.join(command)}\n{done.stdout[-300:]}{done.stderr}")
         (run / "finished").write_text(f"{time.monotonic() - started:.0f} s\n")
     return run
 
