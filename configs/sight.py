@@ -23,7 +23,7 @@ TEXTS = ("scenes:caption", "scenes:question", "scenes:compare", "charts:caption"
 STAGES = {
     "text": (("python_docs", *TEXTS), 128, 1, 16, 300),
     "captions": (("scenes:caption",), 64, 1, 32, 1500),
-    "questions": (("scenes:dialogue", "scenes:question"), 80, 1, 32, 2500),
+    "questions": (("scenes:dialogue", "scenes:caption", "scenes:question"), 80, 1, 32, 3000),
     "compare": (("scenes:compare",), 56, 2, 32, 2000),
     "chart_captions": (("charts:caption",), 64, 1, 32, 2000),
     "charts": (("charts:question",), 64, 1, 32, 2000),
@@ -64,7 +64,7 @@ def get_config(argument: str = "merge,questions") -> Experiment:
         ),
         data=DataConfig(
             sources=sources,
-            weights=(0.5, *(0.5 / len(TEXTS),) * len(TEXTS)) if text else (0.9, 0.1)[: len(sources)],
+            weights=(0.5, *(0.5 / len(TEXTS),) * len(TEXTS)) if text else (0.6, 0.3, 0.1)[: len(sources)],
             tokenizer="bpe",
             context=context,
             batch_size=rows,
@@ -72,7 +72,9 @@ def get_config(argument: str = "merge,questions") -> Experiment:
             images=images,
         ),
         objective=ObjectiveConfig(name="next_token" if text else "conversation"),
-        optimizer=OptimizerConfig(name="muon", learning_rate=1e-2, warmup_steps=20, final_fraction=0.02),
+        optimizer=OptimizerConfig(
+            name="muon", learning_rate=1e-2, schedule="wsd" if stage == "questions" else "cosine", warmup_steps=20
+        ),
         run=RunConfig(steps=steps, eval_every=500, eval_batches=4, save_every=0, log_every=100),
     )
 
