@@ -9,7 +9,7 @@
 
 The first argument is the fusion: merge, cross, co or tangled. The second is the stage; STARTS says from which other it
 goes on, because training on questions from the start stalls. Pictures are made as they are needed (train.data.made).
-docs/sight.md has the scores; `python docs/sight_table.py` makes them.
+`python docs/sight_table.py` trains and measures all of them; docs/sight.md says what has been reached.
 """
 
 from model.config import ModelConfig

@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import json
 import pathlib
+import runpy
 import subprocess
 import sys
 import time
@@ -22,14 +23,6 @@ import numpy as np
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 BEGIN, END = "<!-- table: docs/sight_table.py -->", "<!-- end of table -->"
 ASKED = 512  # held-out records of a task
-STARTS = {
-    "captions": "text",
-    "questions": "captions",
-    "compare": "captions",
-    "chart_captions": "text",
-    "charts": "chart_captions",
-    "clips": "captions",
-}
 
 
 class Task(NamedTuple):
@@ -45,8 +38,8 @@ def trained(workdir: pathlib.Path, seed: int, fusion: str, stage: str) -> pathli
     """The run of a stage of configs/sight.py, trained, with those before it, unless it is there."""
     run = workdir / f"seed{seed}" / (stage if stage == "text" else f"{fusion}-{stage}")
     flags = [f"--config=configs/sight.py:{fusion},{stage}", f"--config.run.seed={seed}"]
-    if stage in STARTS:
-        flags.append(f"--config.run.start=('{trained(workdir, seed, fusion, STARTS[stage])}',)")
+    if before := runpy.run_path(str(ROOT / "configs" / "sight.py"))["STARTS"].get(stage):
+        flags.append(f"--config.run.start=('{trained(workdir, seed, fusion, before)}',)")
     return train(run, flags)
 
 
