@@ -22,7 +22,7 @@ TEXTS = ("scenes:caption", "scenes:question", "scenes:compare", "charts:caption"
 # Sources, tokens of a row, images of a row, rows, steps
 STAGES = {
     "text": (("python_docs", *TEXTS), 128, 1, 16, 300),
-    "captions": (("scenes:caption",), 64, 1, 32, 1500),
+    "captions": (("scenes:caption",), 64, 1, 32, 1200),
     "questions": (("scenes:dialogue", "scenes:caption", "scenes:question"), 80, 1, 32, 3000),
     "compare": (("scenes:compare",), 56, 2, 32, 2000),
     "chart_captions": (("charts:caption",), 64, 1, 32, 2000),

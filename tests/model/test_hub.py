@@ -175,7 +175,7 @@ print(imported, in_place - sum(w.nbytes for w in jax.tree.leaves(weights)), hub.
 
 
 def test_the_host_holds_one_tensor_at_a_time(tmp_path):
-    wide = {"embed_dim": 512, "heads": 8, "head_dim": 64, "mlp_dim": 2048, "vocab_size": 32768, "layers": 16}
+    wide = {"embed_dim": 512, "heads": 8, "head_dim": 64, "mlp_dim": 2048, "vocab_size": 32768, "layers": 24}
     model = dataclasses.replace(LLAMA, **wide, init="normal")
     small, large = write_peer(tmp_path / "a"), write_peer(tmp_path / "b", model, 100 * 2**20)
     done = subprocess.run(
@@ -185,7 +185,7 @@ def test_the_host_holds_one_tensor_at_a_time(tmp_path):
     imported, loaded, largest = map(int, done.stdout.splitlines()[-1].split())
     print(f"largest tensor {largest:,} bytes; import rose by {imported:,}, loading by {loaded:,} beside the weights")
     whole = sum(tensor.spec.bytes for tensor in open_directory(large).values())
-    limit = 1.3 * largest + 32 * 2**20
+    limit = 1.3 * largest + 64 * 2**20  # what the allocators keep differs from run to run
     assert whole > 3 * limit
     assert imported < limit
     assert loaded < limit

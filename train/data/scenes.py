@@ -110,9 +110,12 @@ def question(seed: int, split: str, index: int) -> Asked:
 
 
 def dialogue(seed: int, split: str, index: int) -> list[Asked]:
-    """One to four questions about one scene, none of them twice; it is drawn for the first, which is balanced."""
+    """One to four questions about one scene, none of them twice; it is drawn for the first, which is balanced.
+
+    Half of the first ones count or compare colours, which take longest to learn.
+    """
     rng = drawing.generator(seed, "scenes:dialogue", split, index)
-    ask = pick(rng, _QUESTIONS)
+    ask = pick(rng, (*_QUESTIONS, _count, _same))
     found = [drawing.fitting(split, lambda: ask(rng), lambda asked: composition(asked.scenes[0]))]
     scene = found[0].scenes[0]
     for about in rng.permutation(len(_ABOUT))[:ROUNDS].tolist():
@@ -228,10 +231,17 @@ def _alone(scene: Scene, of: Callable[[Thing], Any]) -> list[Thing]:
 def _count(rng: np.random.Generator) -> Asked:
     counted = _counted(rng)
     count = int(rng.integers(counted.least, MOST + 1))
-    return _count_of(_placed(rng, counted.kinds(rng, count)), counted)
+    return _how_many(_placed(rng, counted.kinds(rng, count)), counted)
 
 
-def _count_of(scene: Scene, counted: _Counted) -> Asked:
+def _count_of(rng: np.random.Generator, scene: Scene) -> Asked:
+    """Of what can be asked, each number is the answer as often as another."""
+    asked = [_how_many(scene, counted) for counted in _EVERY_COUNTED]
+    answer = pick(rng, sorted({other.answer for other in asked}))
+    return pick(rng, [other for other in asked if other.answer == answer])
+
+
+def _how_many(scene: Scene, counted: _Counted) -> Asked:
     count = sum(counted.matches((thing.colour, thing.shape)) for thing in scene.things)
     return Asked("count", (scene,), f"How many {counted.name} are there?", str(count))
 
@@ -278,16 +288,17 @@ def _same(rng: np.random.Generator) -> Asked:
 
 def _same_of(rng: np.random.Generator, scene: Scene) -> Asked | None:
     alone = _alone(scene, lambda thing: thing.shape)
-    if len(alone) < 2:
+    answer = pick(rng, ("yes", "no"))
+    pairs = [(a, b) for a in alone for b in alone if a != b and (a.colour == b.colour) == (answer == "yes")]
+    if not pairs:
         return None
-    a, b = (alone[k] for k in rng.permutation(len(alone))[:2].tolist())
-    answer = "yes" if a.colour == b.colour else "no"
+    a, b = pick(rng, pairs)
     return Asked("same", (scene,), f"Are the {a.shape} and the {b.shape} the same colour?", answer)
 
 
 _QUESTIONS = (_colour, _shape, _count, _left, _above, _same)
 # The same about a scene that is there already
-_ABOUT = (_colour_of, _shape_of, lambda rng, scene: _count_of(scene, _counted(rng)), _left_of, _above_of, _same_of)
+_ABOUT = (_colour_of, _shape_of, _count_of, _left_of, _above_of, _same_of)
 
 
 # What can be counted, and questions about two scenes
@@ -306,18 +317,24 @@ class _Counted(NamedTuple):
         return found
 
 
+_THINGS = _Counted("things", 1, lambda kind: True)
+
+
+def _of_colour(colour: str) -> _Counted:
+    return _Counted(f"{colour} things", 0, lambda kind: kind[0] == colour)
+
+
+def _of_shape(shape: str) -> _Counted:
+    return _Counted(f"{shape}es" if shape.endswith("s") else f"{shape}s", 0, lambda kind: kind[1] == shape)
+
+
+_EVERY_COUNTED = (_THINGS, *map(_of_colour, COLOURS), *map(_of_shape, SHAPES))
+
+
 def _counted(rng: np.random.Generator) -> _Counted:
     """Things, things of a colour, or things of a shape."""
     colour, shape = pick(rng, tuple(COLOURS)), pick(rng, SHAPES)
-    plural = f"{shape}es" if shape.endswith("s") else f"{shape}s"
-    return pick(
-        rng,
-        (
-            _Counted("things", 1, lambda kind: True),
-            _Counted(f"{colour} things", 0, lambda kind: kind[0] == colour),
-            _Counted(plural, 0, lambda kind: kind[1] == shape),
-        ),
-    )
+    return pick(rng, (_THINGS, _of_colour(colour), _of_shape(shape)))
 
 
 def _more(rng: np.random.Generator, split: str) -> Asked:
