@@ -58,10 +58,11 @@ class CoConnection(nnx.Module):
 
     def __init__(self, config: ModelConfig, rngs: nnx.Rngs):
         own, width = connection_config(config), source_width(config)
+        qk_norm = "rmsnorm" if config.vision.qk_norm else ""
         self.text = Side(config, config.embed_dim, config.mlp_dim, rngs)
-        self.text_attention = CrossAttention(own, rngs, source_dim=width)
+        self.text_attention = CrossAttention(own, rngs, source_dim=width, qk_norm=qk_norm)
         self.images = Side(config, width, config.vision.mlp_dim, rngs)
-        self.image_attention = CrossAttention(own, rngs, embed_dim=width, source_dim=config.embed_dim)
+        self.image_attention = CrossAttention(own, rngs, embed_dim=width, source_dim=config.embed_dim, qk_norm=qk_norm)
 
     def __call__(
         self,

@@ -24,7 +24,7 @@ from model.mlp import MLP
 from model.norms import Norm
 from model.resnet import ResNet
 from model.vision_config import NORMALIZATIONS
-from model.vit import ViT, grid_positions, patches, tower_config
+from model.vit import ViT, grid_positions, patches, position_table, resampled, tower_config
 from tpu.errors import UserError
 
 
@@ -102,6 +102,10 @@ class Encoder(nnx.Module):
         inputs = (1, 1, vision.widths[-1]) if hybrid else (*self.patch, vision.channels)
         inputs = (vision.temporal_patch, *inputs) if vision.temporal_patch > 1 else inputs
         self.vit = ViT(config, inputs, rngs) if vision.encoder == "vit" else None
+        # The vectors of convolutions do not say where they are; a mean has no use for it.
+        placed = self.vit is None and vision.positions == "learned" and vision.pool != "mean"
+        self.grid, rows = (vision.grid, vision.columns), vision.grid * vision.columns
+        self.position_embedding = position_table(rngs, rows, config, encoder_width(config)) if placed else None
 
     def __call__(self, x: jax.Array) -> tuple[jax.Array, tuple[int, int]]:
         """Images x [R, H, W, channels] -> (vectors [R, P, C], a class token's first; vectors along both sides)."""
@@ -112,7 +116,10 @@ class Encoder(nnx.Module):
         grid = (x.shape[1] // size[0], x.shape[2] // size[1])
         x = patches(x, *size)
         if self.vit is None:
-            return x.reshape(*x.shape[:2], -1), grid
+            x = x.reshape(*x.shape[:2], -1)
+            if self.position_embedding is not None:
+                x = x + resampled(self.position_embedding.get_value(), self.grid, grid).astype(x.dtype)
+            return x, grid
         if self.temporal_patch > 1:
             x = jnp.repeat(x[:, :, None], self.temporal_patch, axis=2)
         positions = jnp.broadcast_to(grid_positions(*grid), (len(x), x.shape[1], 2))

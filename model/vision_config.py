@@ -59,8 +59,9 @@ class VisionConfig:
     qkv_bias: bool = True  # of a vit; False: attention_bias is of the output projection only
     norm: str = "layernorm"
     norm_eps: float = 1e-6
+    encoder_qk_norm: bool = False  # of a vit: RMSNorm of queries and keys (ViT-22B, arXiv:2302.05442)
     init: str = "xavier"
-    positions: str = "learned"  # of a vit: learned, sincos, rope (both in two dimensions), none
+    positions: str = "learned"  # learned, none; of a vit also sincos and rope (both in two dimensions)
     position_slack: float = 0.0  # added to the patches of a side where learned positions are resampled (Idefics: 0.1)
     rope_theta: float = 10_000.0
     class_token: bool = False
@@ -101,7 +102,7 @@ class VisionConfig:
     every: int = 1  # of cross: one of so many layers of the text has cross-attention before it
     offset: int = -1  # which of them; -1: the last
     sees: str = "all"  # of cross: which of the images before a token: all, or the last
-    qk_norm: bool = False  # of cross: RMSNorm of queries and keys
+    qk_norm: bool = False  # of cross and co: RMSNorm of queries and keys
     gate_per_channel: bool = False  # of cross: gates are vectors
     connections: int = 2  # of co and tangled: how many, before so many last layers of the text
     connection_heads: int = 8
@@ -199,6 +200,11 @@ class VisionConfig:
                 raise UserError(
                     f"model.vision.{field}={getattr(self, field)!r}: only with model.vision.encoder='vit', not "
                     f"{self.encoder!r}"
+                )
+            if self.positions not in ("learned", "none"):
+                raise UserError(
+                    f"model.vision.positions={self.positions!r}: only with model.vision.encoder='vit'; "
+                    f"{self.encoder!r} takes learned and none"
                 )
             if self.patch_width:
                 raise UserError(f"model.vision.patch_width={self.patch_width}: only with model.vision.encoder='vit'")

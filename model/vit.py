@@ -43,6 +43,7 @@ def tower_config(config: ModelConfig) -> ModelConfig:
             positions="rope" if vision.positions == "rope" else "none",
             norm=vision.norm,
             norm_eps=vision.norm_eps,
+            qk_norm=vision.encoder_qk_norm,
             init=vision.init,
             attention=config.attention if config.attention in ("splash", "cudnn") else "plain",
             vision=dataclasses.replace(vision, encoder="none"),
@@ -76,6 +77,23 @@ def sincos(positions: jax.Array, embed_dim: int) -> jax.Array:
     return jnp.stack([jnp.sin(angles), jnp.cos(angles)], -2).reshape(*positions.shape[:2], embed_dim)
 
 
+def resampled(table: jax.Array, grid: tuple[int, int], wanted: tuple[int, int], slack: float = 0.0) -> jax.Array:
+    """A table [M, D] of positions in a grid as one of another, [M', D]; bicubic, `slack` as vision.position_slack."""
+    if grid == wanted:
+        return table
+    rows, columns = (interpolated(a, b, "bicubic", slack) for a, b in zip(grid, wanted, strict=True))
+    return jnp.einsum("hr,wc,rcd->hwd", rows, columns, table.reshape(*grid, -1)).reshape(-1, table.shape[-1])
+
+
+def position_table(rngs: nnx.Rngs, rows: int, config: ModelConfig, width: int) -> nnx.Param:
+    """A learned vector of `width` for each of `rows` places of an image, as long at the start as 1 on average."""
+
+    def draw(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+        return jax.random.normal(key, shape) / math.sqrt(width)
+
+    return parameter(rngs, (rows, width), ("positions", "norm"), config.weight_dtype, draw)
+
+
 class ViT(nnx.Module):
     """Patches to vectors: embedding, positions, class token, layers, norm."""
 
@@ -87,17 +105,11 @@ class ViT(nnx.Module):
         self.grid, self.slack = (vision.grid, vision.columns), vision.position_slack
         norm = dataclasses.replace(tower, norm_eps=vision.final_norm_eps)
 
-        def draw(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
-            return jax.random.normal(key, shape) / math.sqrt(vision.embed_dim)
-
-        def table(rows: int, axes: tuple[str, ...]) -> nnx.Param:
-            return parameter(rngs, (rows, vision.embed_dim), axes, config.weight_dtype, draw)
-
         of_patch = tuple((size, "patch") for size in inputs)
         self.patch = Linear(tower, of_patch, ((vision.embed_dim, "embed"),), vision.patch_bias, rngs)
         learned, rows = vision.positions == "learned", vision.grid * vision.columns + vision.class_token
-        self.position_embedding = table(rows, ("positions", "norm")) if learned else None
-        self.class_token = table(1, ("positions", "norm")) if vision.class_token else None
+        self.position_embedding = position_table(rngs, rows, config, vision.embed_dim) if learned else None
+        self.class_token = position_table(rngs, 1, config, vision.embed_dim) if vision.class_token else None
         self.embedding_norm = Norm(tower, vision.embed_dim, "norm", rngs) if vision.embedding_norm else None
         self.stack = Stack(tower, rngs)
         self.final_norm = Norm(norm, vision.embed_dim, "norm", rngs) if vision.final_norm else None
@@ -147,8 +159,4 @@ class ViT(nnx.Module):
         table = self.position_embedding.get_value()[-self.grid[0] * self.grid[1] :]
         if grid is None:
             return jnp.take(table, positions[..., 0] * self.grid[1] + positions[..., 1], axis=0)
-        if grid != self.grid:
-            sizes = zip(self.grid, grid, strict=True)
-            rows, columns = (interpolated(a, b, "bicubic", self.slack) for a, b in sizes)
-            table = jnp.einsum("hr,wc,rcd->hwd", rows, columns, table.reshape(*self.grid, -1))
-        return table.reshape(1, -1, self.embed_dim)
+        return resampled(table, self.grid, grid, self.slack)[None]

@@ -149,11 +149,13 @@ def _bare_vision(model: ModelConfig) -> dict[str, Any]:
     # Streams beside the text and the probe of a pool are made like a vit's layers.
     towers = vit or vision.pool == "map" or fusion in ("co", "tangled")
     with_effect = {
-        ("image_size", "image_width"): vit and vision.positions == "learned",
+        ("image_size", "image_width"): (vit or vision.pool != "mean") and vision.positions == "learned",
         ("patch_size", "patch_width"): vit and vision.stem == "patches",
+        ("encoder_qk_norm",): vit,
         ("qkv_bias",): vit and vision.attention_bias,
         ("position_slack",): vit and vision.positions == "learned",
-        ("temporal_patch", "stem", "positions", "class_token", "patch_bias", "embedding_norm", "final_norm"): vit,
+        ("positions",): vit or vision.pool != "mean",
+        ("temporal_patch", "stem", "class_token", "patch_bias", "embedding_norm", "final_norm"): vit,
         ("layers", "embed_dim", "unused_layers", "unused_norm"): vit,
         ("heads", "mlp_dim", "activation", "attention_bias", "norm", "norm_eps"): towers,
         ("rope_theta",): vit and vision.positions == "rope",
@@ -170,7 +172,8 @@ def _bare_vision(model: ModelConfig) -> dict[str, Any]:
         ("connector_qk_norm", "latents"): connects and perceives,
         ("connector_layers", "connector_heads", "connector_head_dim"): connects and perceives,
         ("image_token", "mask"): fusion == "merge",
-        ("every", "offset", "sees", "qk_norm", "gate_per_channel"): fusion == "cross",
+        ("every", "offset", "sees", "gate_per_channel"): fusion == "cross",
+        ("qk_norm",): fusion in ("cross", "co"),
         ("connections", "connection_heads", "connection_dim"): fusion in ("co", "tangled"),
         ("tangled",): fusion == "tangled",
         ("similarity", "projection_dim", "text_pool"): fusion == "contrastive",

@@ -76,12 +76,18 @@ def attention(q: np.ndarray, k: np.ndarray, v: np.ndarray, mask: np.ndarray) -> 
     return out
 
 
-def cross(x: np.ndarray, y: np.ndarray, w: Any, mask: np.ndarray, turn: Callable = lambda a: a) -> np.ndarray:
+def cross(
+    x: np.ndarray, y: np.ndarray, w: Any, mask: np.ndarray, turn: Callable = lambda a: a, eps: float = 0.0
+) -> np.ndarray:
     """Attention of x [B, T, D] to y [B, S, D'] with the projections `w`; zero for a query that sees nothing.
 
-    turn: what is done to queries and keys [B, T, H, K] for their positions.
+    turn: what is done to queries and keys [B, T, H, K] for their positions, after their RMSNorm with `eps` where `w`
+    has one.
     """
-    out = attention(turn(linear(x, w["query"])), turn(linear(y, w["key"])), linear(y, w["value"]), mask)
+    q, k = linear(x, w["query"]), linear(y, w["key"])
+    if "query_norm" in w:
+        q, k = norm(q, w["query_norm"], eps, "rmsnorm"), norm(k, w["key_norm"], eps, "rmsnorm")
+    out = attention(turn(q), turn(k), linear(y, w["value"]), mask)
     return np.where(mask.any(-1)[..., None], linear(out, w["out"], 2), 0.0)
 
 
@@ -100,7 +106,7 @@ def block(
         return norm(a, w[name], config.norm_eps, config.norm)
 
     z = x if post else of("attention_norm", x)
-    x = x + cross(z, z, w["attention"], mask, turn)
+    x = x + cross(z, z, w["attention"], mask, turn, config.norm_eps)
     x = of("attention_norm", x) if post else x
     x = x + mlp(x if post else of("mlp_norm", x), w["mlp"], config.activation)
     return of("mlp_norm", x) if post else x

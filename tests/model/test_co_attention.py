@@ -22,9 +22,9 @@ from tests.model import float64
 TEXT, WIDTH, HEADS, INNER = 8, 6, 2, 10
 
 
-def connected(post: bool, norm: str) -> ModelConfig:
+def connected(post: bool, norm: str, qk_norm: bool) -> ModelConfig:
     vision = {"image_size": 8, "patch_size": 4, "embed_dim": WIDTH, "heads": 2, "mlp_dim": 7, "connector": "none"}
-    vision |= {"connection_heads": HEADS, "connection_dim": INNER}
+    vision |= {"connection_heads": HEADS, "connection_dim": INNER, "qk_norm": qk_norm}
     text = {"embed_dim": TEXT, "heads": 2, "mlp_dim": 9, "norm": norm, "norm_eps": 1e-2, "activation": "gelu"}
     order = {"norm_order": "post" if post else "pre"}
     config = ModelConfig(fusion="co", layers=2, **text, **order, vision=VisionConfig(encoder="vit", **vision))
@@ -35,15 +35,17 @@ def side(x: np.ndarray, y: np.ndarray, w: dict, attention: dict, mask: np.ndarra
     """One stream x, which looks at y."""
     a, b = (lambda h, name=name: float64.norm(h, w[name], 1e-2, norm) for name in ("attention_norm", "mlp_norm"))
     if post:
-        h = a(x + float64.cross(x, y, attention, mask))
+        h = a(x + float64.cross(x, y, attention, mask, eps=1e-2))
         return b(h + float64.mlp(h, w["mlp"], "gelu"))
-    h = x + float64.cross(a(x), y, attention, mask)
+    h = x + float64.cross(a(x), y, attention, mask, eps=1e-2)
     return h + float64.mlp(b(h), w["mlp"], "gelu")
 
 
-@pytest.mark.parametrize(("post", "norm"), [(True, "layernorm"), (False, "rmsnorm")])
-def test_a_connection_is_that_of_the_paper(post, norm):
-    config = connected(post, norm)
+@pytest.mark.parametrize(
+    ("post", "norm", "qk_norm"), [(True, "layernorm", False), (False, "rmsnorm", False), (False, "rmsnorm", True)]
+)
+def test_a_connection_is_that_of_the_paper(post, norm, qk_norm):
+    config = connected(post, norm, qk_norm)
     graphdef, weights = float64.drawn(config, CoConnection)
     rng = np.random.default_rng(0)
     h, v = (rng.normal(size=shape).astype(np.float32) for shape in ((2, 6, TEXT), (2, 5, WIDTH)))

@@ -94,6 +94,7 @@ def vit_reference(config: ModelConfig, weights: Any, x: np.ndarray, size: int) -
 
 VITS = {
     "vit": {"class_token": True, "norm_eps": 1e-2, "final_norm_eps": 1e-1},
+    "vit-22b": {"encoder_qk_norm": True, "norm_eps": 1e-2},
     "clip": {"class_token": True, "embedding_norm": True, "activation": "quick_gelu", "patch_bias": False},
     "siglip-moco": {"positions": "sincos", "class_token": True, "activation": "gelu"},
     "qwen2-vl": {"positions": "rope", "rope_theta": 50.0, "final_norm": False, "norm": "rmsnorm"},
@@ -377,6 +378,22 @@ def test_a_cnn_is_its_loops():
     assert found.shape == (2, 2, 3, 48)
 
 
+@pytest.mark.parametrize("fields", [{"encoder": "cnn", "widths": (4, 6)}, {"encoder": "resnet", "widths": (4,)}])
+def test_vectors_of_convolutions_say_where_they_are(fields):
+    fields |= {"depths": (1,), "stem_width": 4, "image_size": 16}
+    graphdef, weights = float64.drawn(made(**fields), Encoder)
+    flat = np.zeros((1, 16, 16, 3), np.float32)
+    found = np.asarray(transformer.bind(graphdef, weights)(flat)[0])
+    without, bare = float64.drawn(made(**fields, positions="none"), Encoder)
+    assert "position_embedding" not in bare
+    alone = {name: w for name, w in weights.items() if name != "position_embedding"}
+    plain = np.asarray(transformer.bind(without, alone)(flat)[0])
+    np.testing.assert_allclose(found - plain, weights["position_embedding"][None], rtol=0, atol=1e-6)
+    assert "position_embedding" not in float64.drawn(made(**fields, pool="mean"), Encoder)[1]
+    large = transformer.bind(graphdef, weights)(np.zeros((1, 32, 16, 3), np.float32))
+    assert large[0].shape[1] == 2 * found.shape[1]
+
+
 @pytest.mark.parametrize("channels", [8, 32, 48, 64])
 def test_group_norm_goes_by_runs_of_channels(channels):
     config = made(encoder="cnn", widths=(4,))
@@ -458,6 +475,11 @@ def test_bottlenecks_need_widths_that_four_divides():
     with pytest.raises(UserError, match=r"^model.vision.widths=\(4, 6\): .* multiples of 4"):
         made(encoder="resnet", widths=(4, 6), depths=(1, 1), block="bottleneck")
     made(encoder="resnet", widths=(4, 6), depths=(1, 1), block="basic")
+
+
+def test_convolutions_have_learned_positions_or_none():
+    with pytest.raises(UserError, match=r"^model.vision.positions='rope': only with model.vision.encoder='vit'"):
+        made(encoder="cnn", widths=(4,), positions="rope")
 
 
 @pytest.mark.parametrize("fields", [{"keep_class": True}, {"pool": "class"}])

@@ -18,9 +18,12 @@ from model.config import ModelConfig
 from model.vision_config import VisionConfig
 from tpu.errors import UserError
 from train import answers
-from train.config import DataConfig, Experiment, MeshConfig, ObjectiveConfig, OptimizerConfig, RunConfig
+from train.adapter_base import open_base
+from train.config import AdapterConfig, DataConfig, Experiment, MeshConfig, ObjectiveConfig, OptimizerConfig, RunConfig
 from train.data import made, pipeline
 from train.data.tokenizer import ByteTokenizer
+from train.finetune import on_base
+from train.pretrain import pretrain
 from train.restore import open_checkpoint
 from train.retrieval import class_vectors, embedders, recall_at, zero_shot
 from train.sight_report import figures, page
@@ -48,8 +51,6 @@ def experiment(fusion: str = "merge", **branches: dict[str, Any]) -> Experiment:
 
 
 def trained(given: Experiment, workdir: Path) -> Path:
-    from train.pretrain import pretrain
-
     with Stop() as stop:
         assert pretrain(given.resolved(), Workdir(workdir), stop) == 0
     return workdir
@@ -109,6 +110,25 @@ def test_what_freezes_nothing_or_all_is_refused(one_device):
         frozen_mask(weights, ("kernel",))
     with pytest.raises(UserError, match="no regular expression"):
         experiment(optimizer={"frozen": ("(",)}).resolved()
+
+
+@pytest.mark.parametrize(("fusion", "kind"), [("merge", "lora"), ("merge", "prefix"), ("cross", "lora")])
+def test_adapters_train_on_what_sees(fusion, kind, merge, tmp_path):
+    base = merge if fusion == "merge" else trained(experiment(fusion), tmp_path / "base")
+    adapter = AdapterConfig(kind, ("attention|mlp",) if kind == "lora" else (), rank=2, prefix_tokens=2)
+    given = dataclasses.replace(experiment(fusion), model=ModelConfig(), adapter=adapter)
+    before, opened = leaves(base), open_base(str(base))
+    with Stop() as stop:
+        assert pretrain(on_base(given, opened), Workdir(tmp_path / "run"), stop, opened) == 0
+    assert all(np.array_equal(weight, before[path]) for path, weight in leaves(base).items())
+    after = leaves(tmp_path / "run")  # an adapter and its base, merged
+    moved = {path for path, weight in after.items() if not np.array_equal(weight, before.get(path))}
+    assert moved
+    assert not any(path.startswith("vision") for path in moved)
+    assert any("gate" in path for path in moved) == (fusion == "cross")
+    asked = [made.make("scenes:question", 0, "test", index, 32) for index in range(4)]
+    run = open_checkpoint(tmp_path / "run")
+    assert len(answers.replier(run.experiment.model, run.weights, run.tokenizer, run.experiment.data, 3)(asked)) == 4
 
 
 # Rows
