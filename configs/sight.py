@@ -90,6 +90,7 @@ def _vision(fusion: str) -> VisionConfig:
         init="fan_in",
         connector="pixel_shuffle",
         image_positions=0 if fusion == "merge" else 4,
+        qk_norm=fusion in ("cross", "co"),
         connections=3,
         connection_heads=4,
     )
