@@ -5,6 +5,7 @@ Legend: B rows, T tokens, N images of a row, H, W pixels along their sides, P ve
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import jax
@@ -20,7 +21,7 @@ from model.families.rope_options import read_rope, write_rope
 from model.families.towers import IDLE, images, read_clip, write_tower
 from model.families.vit import flag, named, pixels
 from model.kinds import build
-from model.transformer import Transformer, Weights, bind
+from model.transformer import Weights, bind
 from model.vision import Images
 from model.vision_config import VisionConfig
 from tpu.errors import UserError
@@ -146,8 +147,7 @@ def run(
     Raises UserError for another name, shape or type, and for tokens outside the vocabulary.
     """
     arrays = checked(config, inputs, options)
-    graph = build(config)[0]
-    compute = jax.jit(lambda weights, arrays: outputs(bind(graph, weights), arrays))
+    compute = jax.jit(functools.partial(outputs, config))
     found = {name: np.asarray(value) for name, value in compute(weights, arrays).items()}
     if new_tokens:
         found["sequences"] = greedy(config, weights, arrays, new_tokens, options)
@@ -182,8 +182,9 @@ def looked_at(pixels: Any, mask: Any) -> Images:
     return Images(pixels, jnp.ones(pixels.shape[:2], jnp.int32), none - 1, none, none, visible=jnp.asarray(mask))
 
 
-def outputs(model: Transformer, inputs: dict[str, Any]) -> dict[str, jax.Array]:
-    """What transformers' forward gives for checked inputs."""
+def outputs(config: ModelConfig, weights: Weights, inputs: dict[str, Any]) -> dict[str, jax.Array]:
+    """As `run`, of checked inputs, to be compiled."""
+    model = bind(build(config)[0], weights)
     tokens, found = inputs["input_ids"], {}
     mask = jnp.asarray(inputs.get("attention_mask", np.ones(tokens.shape, np.int32))) != 0
     counted = jnp.where(mask, jnp.cumsum(mask, axis=1, dtype=jnp.int32) - 1, 1)

@@ -10,6 +10,7 @@ Legend: B rows, T tokens, I images, V videos, P patches of all of them, M of all
 from __future__ import annotations
 
 import dataclasses
+import functools
 import itertools
 from collections.abc import Iterator
 from typing import Any
@@ -27,7 +28,7 @@ from model.families.rope_options import read_parameters, write_parameters
 from model.families.towers import TOWER_ACTIVATIONS
 from model.families.vit import named
 from model.kinds import build
-from model.transformer import Transformer, Weights, bind
+from model.transformer import Weights, bind
 from model.vision import Images
 from model.vision_config import VisionConfig
 from tpu.errors import UserError
@@ -162,8 +163,7 @@ def run(
     Raises UserError for another name, shape or type, and where grids, patches and placeholders do not fit.
     """
     arrays = checked(config, inputs, options)
-    graph = build(config)[0]
-    compute = jax.jit(lambda weights, arrays: outputs(bind(graph, weights), arrays))
+    compute = jax.jit(functools.partial(outputs, config))
     found = {name: np.asarray(value) for name, value in compute(weights, arrays).items()}
     if new_tokens:
         ends = filled(options, options.get("text_config") or {})  # Of what the model does not say its text may.
@@ -321,8 +321,9 @@ def packed(kinds: np.ndarray, grids: list[np.ndarray], patches: list[np.ndarray]
     return Images(pixels, segments.astype(np.int32), slots, seen, seen, places.astype(np.int32))
 
 
-def outputs(model: Transformer, inputs: dict[str, Any]) -> dict[str, jax.Array]:
-    """What transformers' forward gives for checked inputs."""
+def outputs(config: ModelConfig, weights: Weights, inputs: dict[str, Any]) -> dict[str, jax.Array]:
+    """As `run`, of checked inputs, to be compiled."""
+    model = bind(build(config)[0], weights)
     images, found = inputs.get("images"), {}
     if images is not None:
         vectors = model.vision(images).hidden.astype(jnp.float32)

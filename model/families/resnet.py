@@ -5,6 +5,7 @@ Legend: R images, H, W pixels along their sides, C channels, L labels.
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import jax
@@ -17,7 +18,6 @@ from model.families.options import choice, get, only, word
 from model.families.vit import labels, loss, named, pixels, read_labels, refuse_tokens, write_labels
 from model.kinds import build
 from model.transformer import Weights, bind
-from model.vision import ImageClassifier
 from model.vision_config import VisionConfig
 
 RESNET, LAYER = "vision.encoder.resnet", "resnet.encoder.stages.{0}.layers.{1}"
@@ -81,9 +81,8 @@ def run(
     """
     refuse_tokens(config, new_tokens)
     arrays = checked(config, inputs, options)
-    graph = build(config)[0]
-    compute = jax.jit(lambda weights: outputs(bind(graph, weights), arrays))
-    return {name: np.asarray(value) for name, value in compute(weights).items()}
+    compute = jax.jit(functools.partial(outputs, config))
+    return {name: np.asarray(value) for name, value in compute(weights, arrays).items()}
 
 
 def checked(config: ModelConfig, inputs: dict[str, np.ndarray], options: dict[str, Any]) -> dict[str, np.ndarray]:
@@ -92,8 +91,9 @@ def checked(config: ModelConfig, inputs: dict[str, np.ndarray], options: dict[st
     return {"pixel_values": pixels(config, inputs, True)} | labels(config, inputs, options)
 
 
-def outputs(model: ImageClassifier, inputs: dict[str, Any]) -> dict[str, jax.Array]:
-    """What transformers' forward gives for checked inputs."""
+def outputs(config: ModelConfig, weights: Weights, inputs: dict[str, Any]) -> dict[str, jax.Array]:
+    """As `run`, of checked inputs, to be compiled."""
+    model = bind(build(config)[0], weights)
     hidden, grid = model.vision.encoder(jnp.asarray(inputs["pixel_values"]))  # [R, h w, C]
     pooled = hidden.mean(1)
     logits = model.head(pooled, "float32")

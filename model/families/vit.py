@@ -5,6 +5,7 @@ Legend: R images, H, W pixels along their sides, L labels.
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import jax
@@ -16,7 +17,6 @@ from model.families.mapping import Family, Peer
 from model.families.options import ACTIVATIONS, choice, get, only, word
 from model.kinds import build
 from model.transformer import Weights, bind
-from model.vision import ImageClassifier
 from model.vision_config import VisionConfig
 from tpu.errors import UserError
 
@@ -129,9 +129,8 @@ def run(
     """
     refuse_tokens(config, new_tokens)
     arrays = checked(config, inputs, options)
-    graph = build(config)[0]
-    compute = jax.jit(lambda weights: outputs(bind(graph, weights), arrays))
-    return {name: np.asarray(value) for name, value in compute(weights).items()}
+    compute = jax.jit(functools.partial(outputs, config))
+    return {name: np.asarray(value) for name, value in compute(weights, arrays).items()}
 
 
 def refuse_tokens(config: ModelConfig, new_tokens: int) -> None:
@@ -201,8 +200,9 @@ def labels(config: ModelConfig, inputs: dict[str, np.ndarray], options: dict[str
     return {"labels": array.astype(np.int32)}
 
 
-def outputs(model: ImageClassifier, inputs: dict[str, Any]) -> dict[str, jax.Array]:
-    """What transformers' forward gives for checked inputs."""
+def outputs(config: ModelConfig, weights: Weights, inputs: dict[str, Any]) -> dict[str, jax.Array]:
+    """As `run`, of checked inputs, to be compiled."""
+    model = bind(build(config)[0], weights)
     hidden, _ = model.vision.encoder(jnp.asarray(inputs["pixel_values"]))
     logits = model.head(hidden[:, 0], "float32")
     return {"logits": logits, "last_hidden_state": hidden.astype(jnp.float32)} | loss(logits, inputs)

@@ -1,7 +1,4 @@
-"""ViT, ResNet, Idefics and Qwen2-VL compute what transformers does: outputs, loss, gradient norms, greedy sequences;
-exports are imports, and published configurations have the published number of parameters.
-
-Recorded cases always, fresh ones where transformers is at hand; both are made by record_vision.py.
+"""What models that see refuse: configurations, and inputs that do not fit; and how they read those that do.
 
 Legend: B rows, T tokens, N images of a row.
 """
@@ -9,12 +6,7 @@ Legend: B rows, T tokens, N images of a row.
 from __future__ import annotations
 
 import dataclasses
-import functools
 import json
-import math
-import time
-from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -22,152 +14,173 @@ import numpy as np
 import pytest
 
 from model import hub
-from model.families import idefics, qwen2_vl, resnet, vit
-from model.families.known import family_of
-from model.kinds import build
-from model.load import load, shapes
+from model.families import idefics, qwen2_vl
+from model.families.known import describe, family_of
+from model.load import load
 from model.safetensors import Spec, open_directory, write_directory
-from model.transformer import Weights, bind
-from tests.peers.test_cases import error, gradient_norms
+from tests.peers.test_cases import error
+from tests.peers.vision_case import CASES, Case, module_of, opened
 from tpu.errors import UserError
 
-HERE = Path(__file__).parent
-MODULES = {"vit": vit, "resnet": resnet, "idefics": idefics, "qwen2_vl": qwen2_vl}
-CASES = sorted(p.parent for p in (HERE / "vision_cases").glob("*/case.json") if p.parent.name[:-2] in MODULES)
-STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
+
+@pytest.mark.parametrize(
+    ("name", "fields", "lost"),
+    [
+        ("llava_1", {"unused_norm": False}, "unused_norm=False would become True"),
+        ("llava_1", {"connector_dim": 6}, "connector_dim=6 would become 24"),
+        ("llava_1", {"image_token": -1}, "image_token=-1 would become 32000"),
+        ("llava_1", {"mask": "images"}, "mask='images' would become 'causal'"),
+        ("llava_1", {"latents": 3, "init": "normal", "similarity": "sigmoid", "rope_theta": 5.0, "every": 2}, ""),
+        ("gemma3_0", {"connector_eps": 0.5}, "connector_eps=0.5 would become 1e-05"),
+        ("gemma3_0", {"normalization": "clip"}, "normalization='clip' would become 'half'"),
+        ("gemma3_0", {"connector_dim": 5, "connector_heads": 3, "widths": (7,), "depths": (1,)}, ""),
+        ("paligemma_0", {"positions": "sincos"}, "positions='sincos' would become 'learned'"),
+        ("clip_0", {"text_pool": "last"}, "text_pool='last' would become 'end'"),
+        ("clip_0", {"final_norm_eps": 0.5}, "final_norm_eps=0.5 would become 1e-05"),
+        ("clip_0", {"connector": "mlp", "connector_factor": 3, "image_token": 5}, ""),
+        ("clip_0", {"encoder": "resnet", "class_token": False, "pool": "mean"}, "encoder='resnet' would become 'vit'"),
+        ("siglip_0", {"patch_bias": False}, "patch_bias=False would become True"),
+    ],
+)
+def test_what_a_family_cannot_say_of_images_is_refused_by_name(name, fields, lost):
+    directory = hub.Opened(CASES / name)
+    vision = dataclasses.replace(directory.model.vision, **fields)
+    model = dataclasses.replace(directory.model, vision=vision)
+    if not lost:
+        assert directory.family.read(describe(directory.family, model)) == directory.model
+        return
+    with pytest.raises(UserError) as raised:
+        describe(directory.family, model)
+    assert f"cannot express this model: model.vision.{lost}" in str(raised.value)
+    assert str(raised.value).count("would become") == (2 if "resnet" in lost else 1)
 
 
-class Case:
-    """A case, opened by the hub: model, weights, arrays, what is to come of them."""
-
-    def __init__(self, path: Path, mesh: jax.sharding.Mesh):
-        self.record: dict[str, Any] = json.loads((path / "case.json").read_text())
-        self.module = MODULES[self.record["family"]]
-        self.opened = hub.Opened(path)
-        self.model = dataclasses.replace(self.opened.model, compute_dtype="float32").placed("cpu", "float32")
-        self.weights: Weights = load(self.opened.weights, self.model, mesh)
-        self.wanted = dict(np.load(path / "outputs.npz"))
-        names = ("inputs", "prompt")
-        files = {name: path / f"{name}.npz" for name in names}
-        self.arrays = {name: dict(np.load(file)) if file.exists() else {} for name, file in files.items()}
-
-    def checked(self, name: str = "inputs", **changed: np.ndarray) -> dict[str, Any]:
-        """The arrays of that name, some of them changed, as the model takes them."""
-        return self.module.checked(self.model, self.arrays[name] | changed, self.opened.generation)
-
-
-@functools.cache
-def opened(path: Path, mesh: jax.sharding.Mesh) -> Case:
-    """The case in that directory."""
-    return Case(path, mesh)
-
-
-def compare(path: Path, mesh: jax.sharding.Mesh) -> dict[str, float]:
-    """Errors of every output, the loss and gradient norms, and whether generated tokens are wrong."""
-    case = opened(path, mesh)
-    graph, inputs = build(case.model)[0], case.checked()
-
-    def compute(weights: Weights) -> tuple[jax.Array, dict[str, jax.Array]]:
-        found = case.module.outputs(bind(graph, weights), inputs)
-        return found["loss"], found
-
-    (loss, found), gradients = jax.jit(jax.value_and_grad(compute, has_aux=True))(case.weights)
-    mask = case.arrays["inputs"].get("attention_mask")
-    outputs = {}
-    for name, wanted in case.wanted.items():
-        if name not in ("sequences", "first_logits"):
-            pair = np.asarray(found[name]), wanted
-            assert pair[0].shape == pair[1].shape, name
-            if mask is not None and wanted.shape[:2] == mask.shape:
-                pair = tuple(array[mask != 0] for array in pair)
-            outputs[name] = error(*pair)
-    norms, recorded = gradient_norms(case.opened, case.model, gradients), case.record["gradient_norms"]
-    assert {name for name in norms if not name.endswith(STATISTICS)} == recorded.keys()
-    assert not any(norm for name, norm in norms.items() if name.endswith(STATISTICS))
-    largest = max(recorded.values())
-    wrong = False
-    if "sequences" in case.wanted:
-        new, certain = case.record["new_tokens"], case.record["certain_tokens"]
-        said = case.module.greedy(case.model, case.weights, case.checked("prompt"), new, case.opened.generation)
-        end = said.shape[1] - new + certain
-        wrong = not np.array_equal(said[:, :end], case.wanted["sequences"][:, :end])
-    return {
-        **outputs,
-        "loss": abs(float(loss) - case.record["loss"]) / (1 + abs(case.record["loss"])),
-        # Relative, but for gradients that are nothing but rounding, such as those of keys' biases.
-        "gradient_norms": max(abs(norms[n] - g) / max(g, 1e-3 * largest) for n, g in recorded.items()),
-        "wrong_tokens": float(wrong),
-        "tolerance": case.record["tolerance"],
-    }
-
-
-def assert_alike(found: dict[str, float]) -> None:
-    outside = ("gradient_norms", "wrong_tokens", "tolerance")
-    assert max(value for name, value in found.items() if name not in outside) <= found["tolerance"], found
-    assert found["gradient_norms"] <= 1e-3, found
-    assert not found["wrong_tokens"], found
-
-
-def test_there_are_three_cases_of_each_family():
-    families = [json.loads((path / "case.json").read_text())["family"] for path in CASES]
-    assert {family: families.count(family) for family in MODULES} == dict.fromkeys(MODULES, 3)
-
-
-@pytest.mark.parametrize("path", CASES, ids=lambda path: path.name)
-def test_recorded(path, one_device):
-    with jax.set_mesh(one_device):
-        found = compare(path, one_device)
-        print(found)
-        assert_alike(found)
-
-
-@pytest.mark.parametrize("path", [path for path in CASES if path.name.endswith("1")], ids=lambda path: path.name)
-def test_the_command_gives_what_is_recorded(path, tmp_path):
-    speaks = (path / "prompt.npz").exists()
-    hub.run_model(path, path / f"{'prompt' if speaks else 'inputs'}.npz", tmp_path / "out.npz", 3 if speaks else 0)
-    found, wanted = np.load(tmp_path / "out.npz"), np.load(path / "outputs.npz")
-    if speaks:
-        assert np.array_equal(found["sequences"], wanted["sequences"][:, :-5])
-        assert error(found["logits"][:, -1], wanted["first_logits"]) < 1e-5
-    else:
-        assert error(found["logits"], wanted["logits"]) < 1e-5
-
-
-def export(path: Path, workdir: Path, target: Path) -> None:
-    hub.import_model(path, workdir, "auto")
-    hub.export_model(workdir, target, None, "auto", 10**9, "weights")
-
-
-@pytest.mark.parametrize("path", CASES, ids=lambda path: path.name)
-def test_export_gives_back_what_was_imported(path, tmp_path):
-    export(path, tmp_path / "workdir", tmp_path / "exported")
-    before, after = open_directory(path), open_directory(tmp_path / "exported")
-    assert before.keys() == after.keys()
-    for name, tensor in before.items():
-        assert tensor.spec == after[name].spec
-        assert np.array_equal(tensor.view(), after[name].view()), name
-    assert hub.Opened(tmp_path / "exported").model == hub.Opened(path).model
-
-
-PUBLISHED = {
-    "vit-b16": 86_567_656,
-    "vit-l16": 304_326_632,
-    "vit-h14": 632_045_800,
-    "resnet-50": 25_557_032,
-    "idefics-9b": 8_929_679_632,
-    "qwen2-vl-2b": 2_208_985_600,
-    "qwen2-vl-7b": 8_291_375_616,
+IMAGE = np.zeros((1, 3, 16, 16), np.float32)
+CALLER = {
+    "llava_0": ([[5, 56, 56, 56, 56, 6]], {}),
+    "paligemma_0": ([[44, 44, 44, 44, 5, 6]], {"token_type_ids": np.array([[0, 0, 0, 0, 0, 1]])}),
+    "gemma3_0": ([[5, 60, 60, 60, 60, 6]], {"token_type_ids": np.array([[0, 1, 1, 1, 1, 0]])}),
 }
 
 
-@pytest.mark.parametrize("name", PUBLISHED)
-def test_published_configurations_have_the_published_number_of_parameters(name):
-    options = json.loads((HERE / "vision_configs" / f"{name}.json").read_text())
-    model = family_of(options).read(options).placed("cpu", "float32")
-    sizes = shapes(model).items()
-    assert (
-        sum(math.prod(shape) for path, shape in sizes if not path.endswith((".mean", ".variance"))) == PUBLISHED[name]
-    )
+@pytest.mark.parametrize("name", CALLER)
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"pixel_values": None}, r"input_ids has 4 image tokens \(\d+\), and pixel_values gives 0"),
+        (
+            {"pixel_values": np.zeros((2, 3, 16, 16), np.float32)},
+            r"has 4 image tokens \(\d+\), .* gives 8 \(2 images of 4",
+        ),
+        (
+            {"pixel_values": np.zeros((1, 3, 16, 24), np.float32)},
+            r"\[1, 3, 16, 24\]; must be floats \[images, 3, 16, 16\]",
+        ),
+        (
+            {"pixel_values": np.zeros((1, 16, 16, 3), np.float32)},
+            r"pixel_values is float32\[1, 16, 16, 3\]; must be floats",
+        ),
+        (
+            {"pixel_values": np.zeros((1, 3, 16, 16), np.uint8)},
+            r"pixel_values is uint8\[1, 3, 16, 16\]; must be floats",
+        ),
+        ({"input_ids": None}, "inputs: input_ids is missing"),
+        ({"input_ids": np.array([[5, 999]])}, r"input_ids from 5 to 999: valid: 0 to"),
+        ({"input_ids": np.zeros((1, 6), np.float32)}, r"input_ids is float32\[1, 6\]; must be integers"),
+        ({"labels": np.zeros((1, 5), int)}, r"labels is int64\[1, 5\]; must be integers"),
+        ({"pixels": IMAGE}, r"inputs: 'pixels' is not supported; valid: input_ids, .*pixel_values"),
+    ],
+)
+def test_bad_inputs_of_decoders_that_see(name, changes, message):
+    ids, more = CALLER[name]
+    inputs = {"input_ids": np.array(ids), "pixel_values": IMAGE, **more}
+    directory = hub.Opened(CASES / name)
+    module = module_of(directory)
+    module.checked(directory.model, inputs, directory.generation)
+    inputs = {n: a for n, a in (inputs | changes).items() if a is not None}
+    if "input_ids" in changes:
+        inputs.pop("token_type_ids", None)
+    with pytest.raises(UserError, match=message):
+        module.checked(directory.model, inputs, directory.generation)
+
+
+@pytest.mark.parametrize("name", ["paligemma_1", "gemma3_1"])
+def test_without_types_of_tokens_all_is_causal(name, one_device):
+    with jax.set_mesh(one_device):
+        case = opened(CASES / name, one_device)
+        model, typed = case.model, case.arrays["prompt"]
+        causal = dataclasses.replace(model, vision=dataclasses.replace(model.vision, mask="causal"))
+        plain = {n: a for n, a in typed.items() if n != "token_type_ids"}
+        found = [
+            case.module.run(config, case.weights, inputs, 3, {})
+            for config, inputs in ((model, typed), (model, plain), (causal, plain))
+        ]
+    seen = typed["attention_mask"] != 0
+    logits = [f["logits"][seen] for f in found]
+    assert error(logits[0], logits[1]) > 0.01
+    assert error(logits[1], logits[2]) < 1e-6
+    assert np.array_equal(found[1]["sequences"], found[2]["sequences"])
+
+
+def test_images_cut_by_a_row_and_types_that_are_not_of_images_are_refused():
+    directory = hub.Opened(CASES / "llava_0")
+    ids = np.array([[5, 56, 56, 56], [56, 6, 7, 8]])
+    with pytest.raises(UserError, match="row 0 has 3 image tokens, which are no whole images of 4"):
+        module_of(directory).checked(directory.model, {"input_ids": ids, "pixel_values": IMAGE}, {})
+    with pytest.raises(UserError, match=r"'token_type_ids' is not supported"):
+        module_of(directory).checked(directory.model, {"input_ids": ids, "token_type_ids": ids}, {})
+    directory = hub.Opened(CASES / "gemma3_0")
+    ids, types = np.array([[5, 60, 60, 60, 60, 6]]), np.array([[1, 1, 1, 1, 1, 0]])
+    inputs = {"input_ids": ids, "token_type_ids": types, "pixel_values": IMAGE}
+    with pytest.raises(UserError, match=r"token_type_ids: must be 1 where input_ids are 60"):
+        module_of(directory).checked(directory.model, inputs, {})
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"pixel_values": None}, "inputs: pixel_values is missing"),
+        ({"pixel_values": np.zeros((1, 3, 24, 16), np.float32)}, r"must be floats \[images, 3, 16, 16\]"),
+        (
+            {"pixel_values": np.zeros((1, 3, 24, 4), np.float32), "interpolate_pos_encoding": np.True_},
+            r"must be floats \[images, 3, rows, columns\]",
+        ),
+        ({"return_loss": np.ones(2, bool)}, r"return_loss is bool\[2\]; must be one boolean"),
+        ({"return_loss": np.True_}, "needs as many images as texts, not 1 and 2"),
+        ({"token_type_ids": np.zeros((2, 3), int)}, "'token_type_ids' is not supported"),
+        ({"input_ids": np.zeros((2, 12), int)}, r"inputs: positions=12: longer than the learned positions"),
+    ],
+)
+def test_bad_inputs_of_pairs(changes, message):
+    directory = hub.Opened(CASES / "clip_0")
+    inputs = {"input_ids": np.array([[5, 6, 7], [8, 9, 9]]), "pixel_values": IMAGE}
+    inputs = {n: np.asarray(a) for n, a in (inputs | changes).items() if a is not None}
+    with pytest.raises(UserError, match=message):
+        module_of(directory).checked(directory.model, inputs, directory.generation)
+
+
+@pytest.mark.parametrize(
+    ("name", "changes", "message"),
+    [
+        ("llava_0", {"vision_feature_layer": [-2, -1]}, r"vision_feature_layer=\[-2, -1\]: must be of type int"),
+        ("llava_0", {"vision_feature_layer": -3}, r"vision_feature_layer=-3: valid: -2 to -1, or 1 to 2"),
+        ("llava_0", {"image_token_index": -7}, r"image_token_index=-7: must be the id of a token"),
+        ("gemma3_0", {"mm_tokens_per_image": 9}, r"mm_tokens_per_image=9: must be a square whose side divides the 4"),
+        ("paligemma_0", {"projection_dim": 7}, r"projection_dim=7 is not supported; valid: 16"),
+    ],
+)
+def test_configurations_that_are_not_supported(name, changes, message):
+    options = json.loads((CASES / name / "config.json").read_text()) | changes
+    with pytest.raises(UserError, match=message):
+        family_of(options).read(options)
+
+
+def test_llava_counts_layers_from_both_ends():
+    options = json.loads((CASES / "llava_0" / "config.json").read_text())
+    family = family_of(options)
+    read = lambda layer: family.read(options | {"vision_feature_layer": layer}).vision  # noqa: E731
+    assert (read(-1), read(-2)) == (read(2), read(1))
+    assert (read(-1).unused_layers, read(-2).unused_layers) == (0, 1)
 
 
 # What cannot be computed
@@ -184,7 +197,7 @@ def refused(case: Case, message: str, name: str = "inputs", **changed: Any) -> N
 
 @pytest.mark.parametrize("family", ["vit", "resnet"])
 def test_images_and_labels_that_do_not_fit_are_refused(family, one_device):
-    case = opened(HERE / "vision_cases" / f"{family}_0", one_device)
+    case = opened(CASES / f"{family}_0", one_device)
     images = case.arrays["inputs"]["pixel_values"]
     refused(case, "pixel_values is missing", pixel_values=None)
     rows, wanted = len(images), "16, 16" if family == "vit" else "rows, columns"
@@ -200,7 +213,7 @@ def test_images_and_labels_that_do_not_fit_are_refused(family, one_device):
 
 
 def test_a_vit_takes_another_size_only_where_it_is_told_to(one_device):
-    case = opened(HERE / "vision_cases" / "vit_0", one_device)
+    case = opened(CASES / "vit_0", one_device)
     large = np.zeros((3, 3, 24, 16), np.float32)
     refused(case, "must be floats [images, 3, 16, 16]", pixel_values=large)
     assert case.checked(pixel_values=large, interpolate_pos_encoding=np.True_)["pixel_values"].shape == (3, 24, 16, 3)
@@ -216,7 +229,7 @@ def test_a_vit_takes_another_size_only_where_it_is_told_to(one_device):
 @pytest.fixture
 def idefics_0(one_device) -> Case:
     """A case with 3 rows of 11 or more tokens and 2 images."""
-    return opened(HERE / "vision_cases" / "idefics_0", one_device)
+    return opened(CASES / "idefics_0", one_device)
 
 
 def test_images_and_masks_that_do_not_fit_a_text_are_refused(idefics_0):
@@ -233,10 +246,9 @@ def test_images_and_masks_that_do_not_fit_a_text_are_refused(idefics_0):
 
 def test_a_text_without_images_is_one_that_looks_at_none(idefics_0, one_device):
     mask = idefics_0.arrays["inputs"]["image_attention_mask"]
-    graph = build(idefics_0.model)[0]
     blind = idefics_0.checked(image_attention_mask=0 * mask)
     alone = {name: a for name, a in blind.items() if name not in ("pixel_values", "image_attention_mask")}
-    compute = jax.jit(lambda weights, arrays: idefics.outputs(bind(graph, weights), arrays)["logits"])
+    compute = jax.jit(lambda weights, arrays: idefics.outputs(idefics_0.model, weights, arrays)["logits"])
     with jax.set_mesh(one_device):
         found = [np.asarray(compute(idefics_0.weights, arrays)) for arrays in (blind, alone, idefics_0.checked())]
     assert error(found[0], found[1]) < 1e-6
@@ -261,7 +273,7 @@ def test_additional_tokens_in_tables_of_their_own_are_the_last_of_the_vocabulary
 @pytest.fixture
 def qwen2_vl_1(one_device) -> Case:
     """A case with images and videos in two of 3 rows, which are padded on the left."""
-    return opened(HERE / "vision_cases" / "qwen2_vl_1", one_device)
+    return opened(CASES / "qwen2_vl_1", one_device)
 
 
 def test_grids_patches_and_placeholders_that_do_not_fit_are_refused(qwen2_vl_1):
@@ -310,8 +322,7 @@ def test_a_text_goes_on_after_the_larger_side_of_an_image_and_not_after_a_videos
 def test_rows_do_not_depend_on_each_other(qwen2_vl_1, one_device):
     """A row alone, without its padding, gives what it gave among the others; so does the row without images."""
     case, whole = qwen2_vl_1, qwen2_vl_1.arrays["inputs"]
-    graph = build(case.model)[0]
-    compute = jax.jit(lambda weights, arrays: qwen2_vl.outputs(bind(graph, weights), arrays)["logits"])
+    compute = jax.jit(lambda weights, arrays: qwen2_vl.outputs(case.model, weights, arrays)["logits"])
     media = {0: {"image": (0, 1), "video": (0, 1)}, 1: {"image": (1, 3), "video": (1, 2)}, 2: {}}
     for row, of in media.items():
         there = whole["attention_mask"][row] != 0
@@ -323,30 +334,3 @@ def test_rows_do_not_depend_on_each_other(qwen2_vl_1, one_device):
         arrays = qwen2_vl.checked(case.model, alone, case.opened.generation)
         with jax.set_mesh(one_device):
             assert error(np.asarray(compute(case.weights, arrays))[0], case.wanted["logits"][row, there]) < 1e-5
-
-
-# Fresh ones
-
-
-@pytest.fixture(scope="module")
-def fresh(tmp_path_factory: pytest.TempPathFactory, peers: Callable[..., str]) -> list[Path]:
-    """Three new models of each family."""
-    out, seed = tmp_path_factory.mktemp("fresh"), time.time_ns() % 10**9
-    print(f"seed {seed}")
-    peers("record_vision.py", f"--out={out}", f"--seed={seed}", f"--families={','.join(MODULES)}")
-    return sorted(path.parent for path in out.glob("*/case.json"))
-
-
-def test_fresh(fresh, one_device):
-    with jax.set_mesh(one_device):
-        for path in fresh:
-            print(path.name)
-            assert_alike(compare(path, one_device))
-
-
-def test_exported_directories_load_in_transformers(fresh, peers, tmp_path):
-    for path in fresh:
-        export(path, tmp_path / path.name, path / "exported")
-    errors = json.loads(peers("record_vision.py", f"--check={fresh[0].parent}"))
-    assert errors.keys() == {path.name for path in fresh}
-    assert max(errors.values()) <= 1e-6, errors
