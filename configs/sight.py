@@ -23,8 +23,8 @@ TEXTS = ("scenes:caption", "scenes:question", "scenes:compare", "charts:caption"
 STAGES = {
     "text": (("python_docs", *TEXTS), 128, 1, 16, 300),
     "captions": (("scenes:caption",), 64, 1, 32, 1200),
-    "questions": (("scenes:dialogue", "scenes:caption", "scenes:question"), 80, 1, 32, 3000),
-    "compare": (("scenes:compare",), 56, 2, 32, 2000),
+    "questions": (("scenes:dialogue", "scenes:caption", "scenes:question"), 96, 1, 32, 1600),
+    "compare": (("scenes:compare",), 112, 2, 32, 1200),
     "chart_captions": (("charts:caption",), 64, 1, 32, 2000),
     "charts": (("charts:question",), 64, 1, 32, 2000),
     "clips": (("clips:describe",), 112, 4, 16, 2500),
@@ -72,9 +72,7 @@ def get_config(argument: str = "merge,questions") -> Experiment:
             images=images,
         ),
         objective=ObjectiveConfig(name="next_token" if text else "conversation"),
-        optimizer=OptimizerConfig(
-            name="muon", learning_rate=1e-2, schedule="wsd" if stage == "questions" else "cosine", warmup_steps=20
-        ),
+        optimizer=OptimizerConfig(name="muon", learning_rate=1e-2, warmup_steps=20, final_fraction=0.02),
         run=RunConfig(steps=steps, eval_every=500, eval_batches=4, save_every=0, log_every=100),
     )
 

@@ -64,7 +64,7 @@ def answered(run: pathlib.Path, source: str) -> tuple[list[Any], Callable[[list[
 
     opened = open_checkpoint(run)
     data, model = opened.experiment.data, opened.experiment.model
-    ask = answers.replier(model, opened.weights, opened.tokenizer, data, 48)
+    ask = answers.replier(model, opened.weights, opened.tokenizer, data, 80)
     return [made.make(source, 0, "test", index) for index in range(ASKED)], ask
 
 
