@@ -21,7 +21,7 @@ STAGES = {
     "text": (("python_docs", "scenes:caption", "scenes:question"), (0.5, 0.3, 0.2), 128, 16, 300, ()),
     "align": (("scenes:caption",), (1.0,), 64, 32, 200, (r"^(embedding|stack|final_norm|head)\b",)),
     "captions": (("scenes:caption",), (1.0,), 64, 32, 1200, ()),
-    "questions": (("scenes:dialogue", "scenes:caption", "scenes:question"), (0.6, 0.3, 0.1), 80, 32, 2000, ()),
+    "questions": (("scenes:dialogue", "scenes:caption", "scenes:question"), (0.6, 0.3, 0.1), 96, 32, 1200, ()),
 }
 
 
@@ -63,9 +63,8 @@ def get_config(stage: str = "questions") -> Experiment:
         optimizer=OptimizerConfig(
             name="muon",
             learning_rate=1e-2,
-            schedule="wsd" if stage == "questions" else "cosine",
             warmup_steps=20,
-            final_fraction=0.05,
+            final_fraction=0.02,
             frozen=frozen,
         ),
         run=RunConfig(steps=steps, eval_every=500, eval_batches=4, save_every=0, log_every=100),
