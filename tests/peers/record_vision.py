@@ -40,30 +40,13 @@ import safetensors.torch
 import torch
 import transformers
 from multimodal_draws import gemma3, idefics, llava, paligemma, qwen2_vl
+from published import PARAMETERS
 from vision_draws import Arrays, clip, resnet, siglip, vit
 
 NEW_TOKENS = 8
 FAMILIES = {f.__name__: f for f in (vit, resnet, clip, siglip, llava, paligemma, gemma3, qwen2_vl, idefics)}
 OUTPUTS = ("logits", "logits_per_image", "logits_per_text", "image_embeds", "text_embeds", "image_hidden_states")
 HIDDEN = ("last_hidden_state", "pooler_output")
-PUBLISHED = {
-    "vit-b16": 86_567_656,
-    "vit-l16": 304_326_632,
-    "vit-h14": 632_045_800,
-    "resnet-50": 25_557_032,
-    "clip-b32": 151_277_313,
-    "clip-b16": 149_620_737,
-    "clip-l14": 427_616_513,
-    "clip-l14-336": 427_944_193,
-    "siglip-b16-224": 203_155_970,
-    "siglip-so400m-14-384": 877_960_498,
-    "llava-1.5-7b": 7_063_427_072,
-    "paligemma-3b-224": 2_923_466_480,
-    "gemma-3-4b": 4_300_079_472,
-    "qwen2-vl-2b": 2_208_985_600,
-    "qwen2-vl-7b": 8_291_375_616,
-    "idefics-9b": 8_929_679_632,
-}
 
 
 def architecture(family: str) -> type[transformers.PreTrainedModel]:
@@ -221,7 +204,7 @@ def check(directory: pathlib.Path) -> dict[str, float]:
 def counts(directory: pathlib.Path) -> dict[str, int]:
     """The number of parameters of each published configuration, tied ones once."""
     found = {}
-    for name in PUBLISHED:
+    for name in PARAMETERS:
         options = json.loads((directory / f"{name}.json").read_text())
         with torch.device("meta"):
             model = getattr(transformers, options["architectures"][0])._from_config(
@@ -247,7 +230,7 @@ def main() -> None:
     if options.counts:
         found = counts(pathlib.Path(__file__).parent / "vision_configs")
         print(json.dumps(found, indent=1))
-        raise SystemExit(int(found != PUBLISHED))
+        raise SystemExit(int(found != PARAMETERS))
     if options.check:
         print(json.dumps(check(options.check)))
         return

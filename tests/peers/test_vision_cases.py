@@ -26,6 +26,7 @@ from model.families.known import family_of
 from model.load import shapes
 from model.safetensors import open_directory, write_directory
 from model.transformer import Weights, bind
+from tests.peers.published import PARAMETERS
 from tests.peers.test_cases import error
 from tests.peers.vision_case import CASES, arrays, assert_alike, compare, opened
 from tpu.errors import UserError
@@ -33,24 +34,6 @@ from tpu.errors import UserError
 HERE = Path(__file__).parent
 FAMILIES = ("clip", "gemma3", "idefics", "llava", "paligemma", "qwen2_vl", "resnet", "siglip", "vit")
 RECORDED = sorted(path.parent for path in CASES.glob("*/case.json"))
-PARAMETERS = {
-    "vit-b16": 86_567_656,
-    "vit-l16": 304_326_632,
-    "vit-h14": 632_045_800,
-    "resnet-50": 25_557_032,
-    "clip-b32": 151_277_313,
-    "clip-b16": 149_620_737,
-    "clip-l14": 427_616_513,
-    "clip-l14-336": 427_944_193,
-    "siglip-b16-224": 203_155_970,
-    "siglip-so400m-14-384": 877_960_498,
-    "llava-1.5-7b": 7_063_427_072,
-    "paligemma-3b-224": 2_923_466_480,
-    "gemma-3-4b": 4_300_079_472,
-    "idefics-9b": 8_929_679_632,
-    "qwen2-vl-2b": 2_208_985_600,
-    "qwen2-vl-7b": 8_291_375_616,
-}
 
 
 def test_there_are_three_cases_of_each_family():
