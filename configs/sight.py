@@ -23,8 +23,8 @@ TEXTS = ("scenes:caption", "scenes:question", "scenes:compare", "charts:caption"
 STAGES = {
     "text": (("python_docs", *TEXTS), 128, 1, 16, 300),
     "captions": (("scenes:caption",), 64, 1, 32, 1200),
-    "questions": (("scenes:dialogue", "scenes:caption", "scenes:question"), 96, 1, 32, 1600),
-    "compare": (("scenes:compare",), 112, 2, 32, 1200),
+    "questions": (("scenes:dialogue", "scenes:caption", "scenes:question"), 112, 1, 32, 1200),
+    "compare": (("scenes:compare",), 144, 2, 32, 1200),
     "chart_captions": (("charts:caption",), 64, 1, 32, 2000),
     "charts": (("charts:question",), 64, 1, 32, 2000),
     "clips": (("clips:describe",), 112, 4, 16, 2500),

@@ -21,7 +21,7 @@ STAGES = {
     "text": (("python_docs", "scenes:caption", "scenes:question"), (0.5, 0.3, 0.2), 128, 16, 300, ()),
     "align": (("scenes:caption",), (1.0,), 64, 32, 200, (r"^(embedding|stack|final_norm|head)\b",)),
     "captions": (("scenes:caption",), (1.0,), 64, 32, 1200, ()),
-    "questions": (("scenes:dialogue", "scenes:caption", "scenes:question"), (0.6, 0.3, 0.1), 96, 32, 1200, ()),
+    "questions": (("scenes:dialogue", "scenes:caption", "scenes:question"), (0.6, 0.3, 0.1), 112, 32, 1200, ()),
 }
 
 

@@ -2,9 +2,9 @@
 
 Shapes lie in cells of a 3 x 3 grid, off its centres by some jitter, in two sizes, and never overlap. A scene's
 composition is which coloured shapes lie in which cells. Answers are balanced: whoever sees only the question's text can
-hardly do better than by tossing a coin, or a die. Where things are counted or compared, what is seen of them comes
+hardly do better than by tossing a coin, or a die. Where several things have to be looked at, what is seen of them comes
 first and the answer after it ("the star is red, the cross is blue. Answer: no"): without these steps a small model
-learns to compare colours late or not at all.
+learns to compare colours late or not at all. What is counted is told off thing by thing, with the number so far.
 
 Legend: S side of a picture in pixels; O things in a scene.
 """
@@ -138,7 +138,15 @@ def comparison(seed: int, split: str, index: int) -> Asked:
 
 def caption(scene: Scene) -> str:
     """Every thing and where it is, in reading order."""
-    return ", ".join(f"{drawing.named(t.colour, t.shape)} {PLACES[t.row][t.column]}" for t in scene.things)
+    return ", ".join(map(_described, scene.things))
+
+
+def _described(thing: Thing) -> str:
+    return f"{drawing.named(thing.colour, thing.shape)} {_where(thing)}"
+
+
+def _where(thing: Thing) -> str:
+    return PLACES[thing.row][thing.column]
 
 
 def composition(scene: Scene) -> str:
@@ -252,9 +260,12 @@ def _how_many(scene: Scene, counted: _Counted) -> Asked:
 
 
 def _counting(scene: Scene, counted: _Counted) -> tuple[int, str]:
-    """How many things match, and where they are, one after the other."""
-    found = [PLACES[t.row][t.column] for t in scene.things if counted.matches((t.colour, t.shape))]
-    return len(found), ", ".join(f"{number} {place}" for number, place in enumerate(found, 1)) or "none"
+    """How many things match, and the caption of all with the number of matches after each."""
+    count, steps = 0, []
+    for thing in scene.things:
+        count += counted.matches((thing.colour, thing.shape))
+        steps.append(f"{_described(thing)}: {count}")
+    return count, ", ".join(steps)
 
 
 def _left(rng: np.random.Generator) -> Asked | None:
@@ -285,7 +296,9 @@ def _relation(
     answer = pick(rng, ("yes", "no"))
     if answer == "no":
         a, b = b, a
-    return Asked(kind, (scene,), f"Is the {a.colour} {a.shape} {words} the {b.colour} {b.shape}?", answer)
+    one, two = (f"the {thing.colour} {thing.shape}" for thing in (a, b))
+    steps = f"{one} is {_where(a)}, {two} is {_where(b)}"
+    return Asked(kind, (scene,), f"Is {one} {words} {two}?", f"{steps}. Answer: {answer}")
 
 
 def _same(rng: np.random.Generator) -> Asked:

@@ -67,13 +67,18 @@ def where(thing: tuple[str, str, int, int]) -> str:
     return f"at the {place}" if place else "in the middle"
 
 
+def described(thing: tuple[str, str, int, int]) -> str:
+    return f"{'an' if thing[0] == 'orange' else 'a'} {thing[0]} {thing[1]} {where(thing)}"
+
+
 def said(things: list[tuple[str, str, int, int]]) -> str:
-    article = lambda colour: "an" if colour == "orange" else "a"  # noqa: E731
-    return ", ".join(f"{article(thing[0])} {thing[0]} {thing[1]} {where(thing)}" for thing in things)
+    return ", ".join(map(described, things))
 
 
-def counted(things: list[tuple[str, str, int, int]]) -> str:
-    return ", ".join(f"{number} {where(thing)}" for number, thing in enumerate(things, 1)) if things else "none"
+def told_off(things: list[tuple[str, str, int, int]], name: str) -> str:
+    """All things, each with how many of those up to it the name is said of."""
+    counts = [len(matching(things[: number + 1], name)) for number in range(len(things))]
+    return ", ".join(f"{described(thing)}: {count}" for thing, count in zip(things, counts, strict=True))
 
 
 def matching(things, name):
@@ -102,13 +107,13 @@ def replied(pictures, question: str) -> tuple[str, str]:
     if m := re.fullmatch(r"What shape is the (\w+) thing\?", question):
         return "shape", only(things, m[1])[1]
     if m := re.fullmatch(r"How many (.+) are there\?", question):
-        found = matching(things, m[1])
-        return "count", f"{counted(found)}. Answer: {len(found)}"
+        return "count", f"{told_off(things, m[1])}. Answer: {len(matching(things, m[1]))}"
     if m := re.fullmatch(r"Is the (.+) (left of|above) the (.+)\?", question):
         axis = 3 if m[2] == "left of" else 2
-        a, b = only(things, m[1])[axis], only(things, m[3])[axis]
-        assert a != b
-        return m[2].split()[0], "yes" if a < b else "no"
+        a, b = only(things, m[1]), only(things, m[3])
+        assert a[axis] != b[axis]
+        answer = "yes" if a[axis] < b[axis] else "no"
+        return m[2].split()[0], f"the {m[1]} is {where(a)}, the {m[3]} is {where(b)}. Answer: {answer}"
     if m := re.fullmatch(r"Are the (\w+) and the (\w+) the same colour\?", question):
         one, two = only(things, m[1])[0], only(things, m[2])[0]
         return "same", f"the {m[1]} is {one}, the {m[2]} is {two}. Answer: {'yes' if one == two else 'no'}"
@@ -117,7 +122,8 @@ def replied(pictures, question: str) -> tuple[str, str]:
         assert len(first) != len(second)
         answer = "first" if len(first) > len(second) else "second"
         if m[1] == "more":
-            return "compare", f"first: {counted(first)}; second: {counted(second)}. Answer: {answer}"
+            one, two = (told_off(picture, m[2]) for picture in pictures)
+            return "compare", f"first: {one}; second: {two}. Answer: {answer}"
         assert {len(first), len(second)} == {0, 1}
         return "compare", answer
     m = re.fullmatch(r"Is there an? (.+) in both pictures\?", question)
