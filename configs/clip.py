@@ -99,6 +99,6 @@ def _small(size: str) -> Experiment:
         ),
         data=DataConfig(sources=("scenes:caption",), tokenizer="bpe", context=48, batch_size=128, holdout=0.03),
         objective=ObjectiveConfig(name="contrastive"),
-        optimizer=OptimizerConfig(name="muon", learning_rate=1e-2, warmup_steps=20, final_fraction=0.02),
+        optimizer=OptimizerConfig(name="muon", learning_rate=3e-3, warmup_steps=20, final_fraction=0.02),
         run=RunConfig(steps=1000, eval_every=250, eval_batches=4, save_every=0, log_every=50),
     )

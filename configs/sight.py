@@ -8,7 +8,8 @@
     python -m train.evaluate --checkpoint=runs/s/questions --page=answers.html
 
 The first argument is the fusion: merge, cross, co or tangled. The second is the stage; STARTS says from which other it
-goes on, because training on questions from the start stalls. Pictures are made as they are needed (train.data.made).
+goes on, because training on questions from the start stalls: the text learns to say and to reason about what it will
+see, and a few questions among the captions keep it from forgetting that. Pictures are made as they are needed (train.data.made).
 `python docs/sight_table.py` trains and measures all of them; docs/sight.md says what has been reached.
 """
 
@@ -19,15 +20,15 @@ from train.config import DataConfig, Experiment, ObjectiveConfig, OptimizerConfi
 
 FUSIONS = ("merge", "cross", "co", "tangled")
 TEXTS = ("scenes:caption", "scenes:question", "scenes:compare", "charts:caption", "charts:question", "clips:describe")
-# Sources, tokens of a row, images of a row, rows, steps
+# Sources and their shares of rows, tokens of a row, images of a row, rows, steps
 STAGES = {
-    "text": (("python_docs", *TEXTS), 128, 1, 16, 300),
-    "captions": (("scenes:caption",), 64, 1, 32, 1200),
-    "questions": (("scenes:dialogue", "scenes:caption", "scenes:question"), 112, 1, 32, 1200),
-    "compare": (("scenes:compare",), 144, 2, 32, 1200),
-    "chart_captions": (("charts:caption",), 64, 1, 32, 2000),
-    "charts": (("charts:question",), 64, 1, 32, 2000),
-    "clips": (("clips:describe",), 112, 4, 16, 2500),
+    "text": (("python_docs", *TEXTS), (0.2, 0.12, 0.2, 0.16, 0.08, 0.16, 0.08), 128, 1, 16, 1000),
+    "captions": (("scenes:caption", "scenes:question"), (0.6, 0.4), 80, 1, 32, 1200),
+    "questions": (("scenes:dialogue", "scenes:caption", "scenes:question"), (0.6, 0.2, 0.2), 112, 1, 32, 1200),
+    "compare": (("scenes:compare",), (1.0,), 144, 2, 32, 1200),
+    "chart_captions": (("charts:caption", "charts:question"), (0.6, 0.4), 80, 1, 32, 2000),
+    "charts": (("charts:question",), (1.0,), 80, 1, 32, 1500),
+    "clips": (("clips:describe",), (1.0,), 112, 4, 16, 2500),
 }
 STARTS = {
     "captions": "text",
@@ -44,7 +45,7 @@ def get_config(argument: str = "merge,questions") -> Experiment:
     fusion, _, stage = argument.partition(",")
     if fusion not in FUSIONS or stage not in STAGES:
         raise UserError(f"{argument!r}: valid: one of {', '.join(FUSIONS)}, a comma, one of {', '.join(STAGES)}")
-    sources, context, images, rows, steps = STAGES[stage]
+    sources, weights, context, images, rows, steps = STAGES[stage]
     if fusion != "merge" and stage != "text":
         context -= 16 * images  # Images stand between the tokens.
     text = stage == "text"
@@ -64,7 +65,7 @@ def get_config(argument: str = "merge,questions") -> Experiment:
         ),
         data=DataConfig(
             sources=sources,
-            weights=(0.5, *(0.5 / len(TEXTS),) * len(TEXTS)) if text else (0.6, 0.3, 0.1)[: len(sources)],
+            weights=weights,
             tokenizer="bpe",
             context=context,
             batch_size=rows,

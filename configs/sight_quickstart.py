@@ -18,10 +18,10 @@ from train.config import DataConfig, Experiment, ObjectiveConfig, OptimizerConfi
 
 # Sources and their shares of rows, tokens of a row, rows, steps, what is frozen
 STAGES = {
-    "text": (("python_docs", "scenes:caption", "scenes:question"), (0.5, 0.3, 0.2), 128, 16, 300, ()),
+    "text": (("python_docs", "scenes:caption", "scenes:question"), (0.3, 0.2, 0.5), 128, 16, 600, ()),
     "align": (("scenes:caption",), (1.0,), 64, 32, 200, (r"^(embedding|stack|final_norm|head)\b",)),
-    "captions": (("scenes:caption",), (1.0,), 64, 32, 1200, ()),
-    "questions": (("scenes:dialogue", "scenes:caption", "scenes:question"), (0.6, 0.3, 0.1), 112, 32, 1200, ()),
+    "captions": (("scenes:caption", "scenes:question"), (0.6, 0.4), 80, 32, 1200, ()),
+    "questions": (("scenes:dialogue", "scenes:caption", "scenes:question"), (0.6, 0.2, 0.2), 112, 32, 1000, ()),
 }
 
 

@@ -355,7 +355,7 @@ def _of_colour(colour: str) -> _Counted:
 
 
 def _of_shape(shape: str) -> _Counted:
-    return _Counted(f"{shape}es" if shape.endswith("s") else f"{shape}s", 0, lambda kind: kind[1] == shape)
+    return _Counted(f"{shape} shapes", 0, lambda kind: kind[1] == shape)
 
 
 _EVERY_COUNTED = (_THINGS, *map(_of_colour, COLOURS), *map(_of_shape, SHAPES))

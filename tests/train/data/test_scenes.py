@@ -82,16 +82,9 @@ def told_off(things: list[tuple[str, str, int, int]], name: str) -> str:
 
 
 def matching(things, name):
-    """The things that a name like "red things", "crosses" or "blue star" is said of."""
+    """The things that a name like "red things", "cross shapes" or "blue star" is said of."""
     words = name.split()
-    return [
-        thing
-        for thing in things
-        if all(
-            word in ("thing", "things") or word in (thing[0], thing[1], f"{thing[1]}s", f"{thing[1]}es")
-            for word in words
-        )
-    ]
+    return [thing for thing in things if all(word in ("thing", "things", "shapes", *thing[:2]) for word in words)]
 
 
 def only(things, name):
