@@ -9,7 +9,8 @@
 
 The first argument is the fusion: merge, cross, co or tangled. The second is the stage; STARTS says from which other it
 goes on, because training on questions from the start stalls: the text learns to say and to reason about what it will
-see, and a few questions among the captions keep it from forgetting that. Pictures are made as they are needed (train.data.made).
+see, and a few questions among the captions keep it from forgetting that. Pictures are made as they are needed
+(train.data.made).
 `python docs/sight_table.py` trains and measures all of them; docs/sight.md says what has been reached.
 """
 
