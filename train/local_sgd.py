@@ -19,7 +19,7 @@ Legend: R replicas, B rows, T tokens per row, F figures of a step.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -29,9 +29,7 @@ from model.transformer import Weights
 from tpu import rules
 from train.config import OptimizerConfig
 from train.data.batch import Batch
-
-if TYPE_CHECKING:
-    from train.step import Metrics, TrainState
+from train.state import Metrics, TrainState
 
 
 class Replicas(NamedTuple):
@@ -39,7 +37,7 @@ class Replicas(NamedTuple):
 
     weights: Weights
     optimizer_state: Any
-    skipped: jax.Array  # [R] int32, as in `train.step.TrainState`
+    skipped: jax.Array  # [R] int32, as in `train.state.TrainState`
     skipped_in_a_row: jax.Array  # [R] int32
 
 

@@ -85,7 +85,8 @@ def pretrain(experiment: Experiment, workdir: Workdir, stop: Stop, base: Base | 
     from train.evaluate import held_out_figures
     from train.metrics import ConsoleProgress, MetricsWriter
     from train.start import taken_over, tokenizer_of
-    from train.step import TrainState, abstract_batch, batch_layout, make_program
+    from train.state import TrainState
+    from train.step import abstract_batch, batch_layout, make_program
     from train.summary import flops_per_token, parameter_counts, shown
     from train.workdir import versions
 

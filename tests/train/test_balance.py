@@ -20,7 +20,8 @@ from tpu.errors import UserError
 from train.balance import balance_figures, balance_loss, loads, rebalanced, router_z_loss
 from train.config import DataConfig, Experiment, LossConfig, MeshConfig, OptimizerConfig, RunConfig
 from train.data.batch import Batch
-from train.step import TrainState, make_program
+from train.state import TrainState
+from train.step import make_program
 
 ROWS, TOKENS, VOCAB = 32, 16, 20
 

@@ -32,7 +32,8 @@ from train.local_sgd import outer_update
 from train.pretrain import pretrain
 from train.restore import open_checkpoint
 from train.signals import Stop
-from train.step import Program, TrainState, make_program
+from train.state import TrainState
+from train.step import Program, make_program
 from train.workdir import Workdir
 
 ROWS, TOKENS, VOCAB = 8, 16, 20

@@ -22,7 +22,8 @@ from tpu.mesh import make_mesh
 from train.config import DataConfig, Experiment, MeshConfig, OptimizerConfig
 from train.data import pipeline
 from train.data.batch import Batch
-from train.step import Program, TrainState, make_program
+from train.state import TrainState
+from train.step import Program, make_program
 
 ROWS, TOKENS, PLACES, SYMBOLS = 32, 20, 8, 8
 QUERY = 1 + PLACES * SYMBOLS  # after 0 and a token for every symbol at every place

@@ -22,7 +22,8 @@ from tpu.mesh import make_mesh
 from tpu.pipeline import bubble_fraction
 from train.config import MESH_AXES, DataConfig, Experiment, MeshConfig, OptimizerConfig
 from train.data.batch import Batch
-from train.step import Program, TrainState, make_program
+from train.state import TrainState
+from train.step import Program, make_program
 
 ROWS, TOKENS, VOCAB = 16, 32, 20
 

@@ -19,7 +19,8 @@ from model.config import ModelConfig
 from tpu.mesh import make_mesh
 from train.config import DataConfig, Experiment, LossConfig, MeshConfig, OptimizerConfig
 from train.data.batch import Batch
-from train.step import Program, TrainState, make_program
+from train.state import TrainState
+from train.step import Program, make_program
 
 ROWS, TOKENS, VOCAB = 12, 8, 20
 
