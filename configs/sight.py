@@ -8,9 +8,8 @@
     python -m train.evaluate --checkpoint=runs/s/questions --page=answers.html
 
 The first argument is the fusion: merge, cross, co or tangled. The second is the stage; STARTS says from which other it
-goes on, because training on questions from the start stalls: the text learns to say and to reason about what it will
-see, and a few questions among the captions keep it from forgetting that. Pictures are made as they are needed
-(train.data.made).
+goes on, because training on questions from the start stalls; the text learns to say and to reason about what it will
+see. Pictures are made as they are needed (train.data.made).
 `python docs/sight_table.py` trains and measures all of them; docs/sight.md says what has been reached.
 """
 
@@ -24,10 +23,10 @@ TEXTS = ("scenes:caption", "scenes:question", "scenes:compare", "charts:caption"
 # Sources and their shares of rows, tokens of a row, images of a row, rows, steps
 STAGES = {
     "text": (("python_docs", *TEXTS), (0.2, 0.12, 0.2, 0.16, 0.08, 0.16, 0.08), 128, 1, 16, 1000),
-    "captions": (("scenes:caption", "scenes:question"), (0.6, 0.4), 80, 1, 32, 1200),
-    "questions": (("scenes:dialogue", "scenes:caption", "scenes:question"), (0.6, 0.2, 0.2), 112, 1, 32, 1200),
+    "captions": (("scenes:caption",), (1.0,), 64, 1, 32, 1200),
+    "questions": (("scenes:dialogue", "scenes:caption", "scenes:question"), (0.6, 0.2, 0.2), 112, 1, 32, 1600),
     "compare": (("scenes:compare",), (1.0,), 144, 2, 32, 1200),
-    "chart_captions": (("charts:caption", "charts:question"), (0.6, 0.4), 80, 1, 32, 2000),
+    "chart_captions": (("charts:caption",), (1.0,), 64, 1, 32, 1500),
     "charts": (("charts:question",), (1.0,), 80, 1, 32, 1500),
     "clips": (("clips:describe",), (1.0,), 112, 4, 16, 2500),
 }

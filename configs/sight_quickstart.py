@@ -20,7 +20,7 @@ from train.config import DataConfig, Experiment, ObjectiveConfig, OptimizerConfi
 STAGES = {
     "text": (("python_docs", "scenes:caption", "scenes:question"), (0.3, 0.2, 0.5), 128, 16, 600, ()),
     "align": (("scenes:caption",), (1.0,), 64, 32, 200, (r"^(embedding|stack|final_norm|head)\b",)),
-    "captions": (("scenes:caption", "scenes:question"), (0.6, 0.4), 80, 32, 1200, ()),
+    "captions": (("scenes:caption",), (1.0,), 64, 32, 1200, ()),
     "questions": (("scenes:dialogue", "scenes:caption", "scenes:question"), (0.6, 0.2, 0.2), 112, 32, 1000, ()),
 }
 
