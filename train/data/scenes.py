@@ -4,7 +4,7 @@ Shapes lie in cells of a 3 x 3 grid, off its centres by some jitter, in two size
 composition is which coloured shapes lie in which cells. Answers are balanced: whoever sees only the question's text can
 hardly do better than by tossing a coin, or a die. Where several things have to be looked at, what is seen of them comes
 first and the answer after it ("the star is red, the cross is blue. Answer: no"): without these steps a small model
-learns to compare colours late or not at all. What is counted is told off thing by thing, with the number so far.
+learns to compare colours late or not at all. What is counted is told off, one after the other.
 
 Legend: S side of a picture in pixels; O things in a scene.
 """
@@ -260,12 +260,10 @@ def _how_many(scene: Scene, counted: _Counted) -> Asked:
 
 
 def _counting(scene: Scene, counted: _Counted) -> tuple[int, str]:
-    """How many things match, and the caption of all with the number of matches after each."""
-    count, steps = 0, []
-    for thing in scene.things:
-        count += counted.matches((thing.colour, thing.shape))
-        steps.append(f"{_described(thing)}: {count}")
-    return count, ", ".join(steps)
+    """How many things match, and which, one after the other."""
+    found = [thing for thing in scene.things if counted.matches((thing.colour, thing.shape))]
+    steps = [f"{_described(thing)}: {number}" for number, thing in enumerate(found, 1)]
+    return len(found), ", ".join(steps) or "none"
 
 
 def _left(rng: np.random.Generator) -> Asked | None:

@@ -75,10 +75,8 @@ def said(things: list[tuple[str, str, int, int]]) -> str:
     return ", ".join(map(described, things))
 
 
-def told_off(things: list[tuple[str, str, int, int]], name: str) -> str:
-    """All things, each with how many of those up to it the name is said of."""
-    counts = [len(matching(things[: number + 1], name)) for number in range(len(things))]
-    return ", ".join(f"{described(thing)}: {count}" for thing, count in zip(things, counts, strict=True))
+def told_off(things: list[tuple[str, str, int, int]]) -> str:
+    return ", ".join(f"{described(thing)}: {number}" for number, thing in enumerate(things, 1)) or "none"
 
 
 def matching(things, name):
@@ -100,7 +98,8 @@ def replied(pictures, question: str) -> tuple[str, str]:
     if m := re.fullmatch(r"What shape is the (\w+) thing\?", question):
         return "shape", only(things, m[1])[1]
     if m := re.fullmatch(r"How many (.+) are there\?", question):
-        return "count", f"{told_off(things, m[1])}. Answer: {len(matching(things, m[1]))}"
+        found = matching(things, m[1])
+        return "count", f"{told_off(found)}. Answer: {len(found)}"
     if m := re.fullmatch(r"Is the (.+) (left of|above) the (.+)\?", question):
         axis = 3 if m[2] == "left of" else 2
         a, b = only(things, m[1]), only(things, m[3])
@@ -115,8 +114,7 @@ def replied(pictures, question: str) -> tuple[str, str]:
         assert len(first) != len(second)
         answer = "first" if len(first) > len(second) else "second"
         if m[1] == "more":
-            one, two = (told_off(picture, m[2]) for picture in pictures)
-            return "compare", f"first: {one}; second: {two}. Answer: {answer}"
+            return "compare", f"first: {told_off(first)}; second: {told_off(second)}. Answer: {answer}"
         assert {len(first), len(second)} == {0, 1}
         return "compare", answer
     m = re.fullmatch(r"Is there an? (.+) in both pictures\?", question)
