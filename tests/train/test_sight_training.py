@@ -125,7 +125,7 @@ def test_adapters_train_on_what_sees(fusion, kind, merge, tmp_path):
     moved = {path for path, weight in after.items() if not np.array_equal(weight, before.get(path))}
     assert moved
     assert not any(path.startswith("vision") for path in moved)
-    assert any("gate" in path for path in moved) == (fusion == "cross")
+    assert any("gate_0" in path for path in moved) == (fusion == "cross")
     asked = [made.make("scenes:question", 0, "test", index, 32) for index in range(4)]
     run = open_checkpoint(tmp_path / "run")
     assert len(answers.replier(run.experiment.model, run.weights, run.tokenizer, run.experiment.data, 3)(asked)) == 4
