@@ -7,8 +7,8 @@
     python -m train.evaluate --checkpoint=runs/sight/questions --page=runs/sight/answers.html
 
 The recipe of LLaVA (arXiv:2304.08485, section 4.2): a language model first, as the quick start's, here on what is said
-about pictures too; then, with the language model frozen, the image encoder and the connector; then all of it on
-captions, and on questions last. Pictures are made as they are needed (train.data.made).
+about pictures too; then, with the language model frozen, the image encoder and the gated cross-attention to it; then
+all of it on captions, and on questions last. Pictures are made as they are needed (train.data.made).
 """
 
 from model.config import ModelConfig
@@ -18,10 +18,10 @@ from train.config import DataConfig, Experiment, ObjectiveConfig, OptimizerConfi
 
 # Sources and their shares of rows, tokens of a row, rows, steps, what is frozen
 STAGES = {
-    "text": (("python_docs", "scenes:caption", "scenes:question"), (0.3, 0.2, 0.5), 128, 16, 600, ()),
-    "align": (("scenes:caption",), (1.0,), 64, 32, 200, (r"^(embedding|stack|final_norm|head)\b",)),
-    "captions": (("scenes:caption",), (1.0,), 64, 32, 1200, ()),
-    "questions": (("scenes:dialogue", "scenes:caption", "scenes:question"), (0.6, 0.2, 0.2), 112, 32, 1000, ()),
+    "text": (("python_docs", "scenes:caption", "scenes:question"), (0.3, 0.2, 0.5), 128, 16, 400, ()),
+    "align": (("scenes:caption",), (1.0,), 48, 32, 150, (r"^(embedding|final_norm|head)\b", r"^stack\.groups\.layer_")),
+    "captions": (("scenes:caption",), (1.0,), 48, 32, 1000, ()),
+    "questions": (("scenes:dialogue", "scenes:caption", "scenes:question"), (0.6, 0.2, 0.2), 96, 32, 800, ()),
 }
 
 
@@ -42,7 +42,7 @@ def get_config(stage: str = "questions") -> Experiment:
             attention_bias=False,
             mlp_bias=False,
             qk_norm=True,
-            fusion="none" if text else "merge",
+            fusion="none" if text else "cross",
             vision=VisionConfig()
             if text
             else VisionConfig(
@@ -54,6 +54,8 @@ def get_config(stage: str = "questions") -> Experiment:
                 heads=4,
                 init="fan_in",
                 connector="pixel_shuffle",
+                image_positions=4,
+                qk_norm=True,
             ),
         ),
         data=DataConfig(
