@@ -104,7 +104,7 @@ def compare(workdir: pathlib.Path, seed: int) -> dict[str, float]:
     from train import answers
     from train.data.scenes import swapped
 
-    asked, ask = answered(trained(workdir, seed, "merge", "compare"), "scenes:compare")
+    asked, ask = answered(trained(workdir, seed, "cross", "compare"), "scenes:compare")
     asked = [record for record in asked if record.kind == "compare"]
 
     def both(records: list[Any]) -> float:
@@ -122,7 +122,7 @@ def clips(workdir: pathlib.Path, seed: int) -> dict[str, float]:
     """Exact descriptions of what moves where, and in which order; the same of one frame four times."""
     from train import answers
 
-    asked, ask = answered(trained(workdir, seed, "merge", "clips"), "clips:describe")
+    asked, ask = answered(trained(workdir, seed, "cross", "clips"), "clips:describe")
     found = answers.accuracies(asked, ask(asked))
     still = [record._replace(images=(record.images[1],) * len(record.images)) for record in asked]
     single = answers.accuracies(asked, ask(still))
@@ -189,11 +189,11 @@ TASKS = {
     "cross": Task("scene questions, `cross`, all", questions("cross", "all"), 0.95, "images shuffled"),
     "co": Task("scene questions, `co`, colours", questions("co", "colour"), 0.90, "images shuffled"),
     "tangled": Task("scene questions, `tangled`, colours", questions("tangled", "colour"), 0.90, "images shuffled"),
-    "charts": Task("charts, a rationale and the exact answer", charts, 0.90, "empty picture"),
+    "charts": Task("charts (`merge`), a rationale and the exact answer", charts, 0.90, "empty picture"),
     "clip": Task("CLIP, recall@1 of 100 captions, the worse way", retrieval, 0.90, "chance"),
     "digits": Task("ViT on 8 x 8 digits", digits, 0.97, "chance"),
-    "compare": Task("two pictures, right as they are and swapped", compare, 0.95, "images shuffled"),
-    "clips": Task("clips, what moves where and in which order", clips, 0.90, "one frame"),
+    "compare": Task("two pictures (`cross`), right as they are and swapped", compare, 0.95, "images shuffled"),
+    "clips": Task("clips (`cross`), what moves where and in which order", clips, 0.90, "one frame"),
 }
 
 
