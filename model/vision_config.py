@@ -59,7 +59,6 @@ class VisionConfig:
     qkv_bias: bool = True  # of a vit; False: attention_bias is of the output projection only
     norm: str = "layernorm"
     norm_eps: float = 1e-6
-    encoder_qk_norm: bool = False  # of a vit: RMSNorm of queries and keys (ViT-22B, arXiv:2302.05442)
     init: str = "xavier"
     positions: str = "learned"  # learned, none; of a vit also sincos and rope (both in two dimensions)
     position_slack: float = 0.0  # added to the patches of a side where learned positions are resampled (Idefics: 0.1)

@@ -43,7 +43,6 @@ def tower_config(config: ModelConfig) -> ModelConfig:
             positions="rope" if vision.positions == "rope" else "none",
             norm=vision.norm,
             norm_eps=vision.norm_eps,
-            qk_norm=vision.encoder_qk_norm,
             init=vision.init,
             attention=config.attention if config.attention in ("splash", "cudnn") else "plain",
             vision=dataclasses.replace(vision, encoder="none"),

@@ -151,7 +151,6 @@ def _bare_vision(model: ModelConfig) -> dict[str, Any]:
     with_effect = {
         ("image_size", "image_width"): (vit or vision.pool != "mean") and vision.positions == "learned",
         ("patch_size", "patch_width"): vit and vision.stem == "patches",
-        ("encoder_qk_norm",): vit,
         ("qkv_bias",): vit and vision.attention_bias,
         ("position_slack",): vit and vision.positions == "learned",
         ("positions",): vit or vision.pool != "mean",

@@ -106,7 +106,7 @@ def block(
         return norm(a, w[name], config.norm_eps, config.norm)
 
     z = x if post else of("attention_norm", x)
-    x = x + cross(z, z, w["attention"], mask, turn, config.norm_eps)
+    x = x + cross(z, z, w["attention"], mask, turn)
     x = of("attention_norm", x) if post else x
     x = x + mlp(x if post else of("mlp_norm", x), w["mlp"], config.activation)
     return of("mlp_norm", x) if post else x

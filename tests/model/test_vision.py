@@ -94,7 +94,6 @@ def vit_reference(config: ModelConfig, weights: Any, x: np.ndarray, size: int) -
 
 VITS = {
     "vit": {"class_token": True, "norm_eps": 1e-2, "final_norm_eps": 1e-1},
-    "vit-22b": {"encoder_qk_norm": True, "norm_eps": 1e-2},
     "clip": {"class_token": True, "embedding_norm": True, "activation": "quick_gelu", "patch_bias": False},
     "siglip-moco": {"positions": "sincos", "class_token": True, "activation": "gelu"},
     "qwen2-vl": {"positions": "rope", "rope_theta": 50.0, "final_norm": False, "norm": "rmsnorm"},

@@ -249,9 +249,9 @@ def _count(rng: np.random.Generator) -> Asked:
 
 def _count_of(rng: np.random.Generator, scene: Scene) -> Asked:
     """Of what can be asked, each number is the answer as often as another."""
-    asked = [_how_many(scene, counted) for counted in _EVERY_COUNTED]
-    answer = pick(rng, sorted({other.answer[-1] for other in asked}))
-    return pick(rng, [other for other in asked if other.answer[-1] == answer])
+    numbers = {counted: _counting(scene, counted)[0] for counted in _EVERY_COUNTED}
+    chosen = pick(rng, sorted(set(numbers.values())))
+    return _how_many(scene, pick(rng, [counted for counted, number in numbers.items() if number == chosen]))
 
 
 def _how_many(scene: Scene, counted: _Counted) -> Asked:
