@@ -10,7 +10,8 @@ are lines such as {"text": "...", "label": "good"}; train/data/labelled.py says 
 
 from model.config import ModelConfig
 from tpu.errors import UserError
-from train.config import OBJECTIVES, DataConfig, Experiment, ObjectiveConfig, OptimizerConfig, RunConfig
+from train.config import DataConfig, Experiment, ObjectiveConfig, OptimizerConfig, RunConfig
+from train.objectives import OBJECTIVES
 
 # vocab_size, layers, embed_dim, heads, context, batch, steps, learning rate, dropout
 SIZES = {

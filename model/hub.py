@@ -98,7 +98,7 @@ class Opened:
         from model.families.mapping import PeerWeights
         from model.load import shapes
         from model.safetensors import open_directory, read_json
-        from train.config import check_types
+        from train.tree import check_types
 
         if not directory.is_dir():
             raise UserError(f"from={directory}: no such directory")
@@ -125,8 +125,9 @@ def import_model(source: pathlib.Path, workdir: pathlib.Path, dtype: str) -> Non
     from model.load import shapes
     from model.safetensors import DTYPES, Spec, whole_directory, write_file
     from train import checkpoint, manifest
-    from train.config import DataConfig, Experiment, ObjectiveConfig, to_dict
+    from train.config import DataConfig, Experiment, ObjectiveConfig
     from train.data.tokenizer import check_vocabulary, from_file
+    from train.tree import to_dict
     from train.workdir import git_revision, versions, write_json
 
     opened = Opened(source)
@@ -214,7 +215,8 @@ def export_model(
     from tpu import host, rules
     from tpu.mesh import make_mesh
     from train import checkpoint
-    from train.config import Experiment, MeshConfig, from_dict
+    from train.config import Experiment, MeshConfig
+    from train.tree import from_dict
 
     step_dir = checkpoint.find(path)
     meta = checkpoint.read_meta(step_dir)

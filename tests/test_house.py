@@ -27,6 +27,7 @@ CONFIGS_MAY_IMPORT = {
     "model.config",
     "model.vision_config",
     "train.config",
+    "train.objectives",
     "tpu.errors",
     "__future__",
     "dataclasses",
@@ -122,7 +123,7 @@ def test_no_circles():
 
 
 def test_the_readings_above_find_what_they_look_for():
-    assert Import("train.config", "start") in imports("configs.gpt2")
+    assert Import("train.config", "train.objectives", "start") in imports("configs.gpt2")
     assert Import("train.summary", "later") in imports("train.pretrain")
     assert Import("train.workdir", "types") in imports("train.pretrain")
     assert Import("model.cache", "start") in imports("model.block")
@@ -141,7 +142,10 @@ def at_start(module: str) -> set[str]:
 
 
 @pytest.mark.parametrize(
-    "module", [m for m in modules() if m.startswith(("train.data", "configs"))] + entry_points() + ["train.config"]
+    "module",
+    [m for m in modules() if m.startswith(("train.data", "configs"))]
+    + entry_points()
+    + ["train.config", "train.objectives"],
 )
 def test_starts_without_jax(module):
     assert not at_start(module) & {"jax", "flax", "optax", "orbax", "grain", "tensorflow_datasets", "torch"}

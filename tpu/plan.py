@@ -28,7 +28,8 @@ from tpu import host
 from tpu.chips import Topology, parse_topology, shapes
 from tpu.errors import UserError
 from train import entry
-from train.config import Experiment, to_dict
+from train.config import Experiment
+from train.tree import to_dict
 
 if TYPE_CHECKING:
     from tpu.forecast import Forecast

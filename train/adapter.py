@@ -19,7 +19,8 @@ from absl import flags
 
 from tpu.errors import UserError
 from train import entry
-from train.config import AdapterConfig, Experiment, RunConfig, from_dict, to_dict
+from train.config import AdapterConfig, Experiment, RunConfig
+from train.tree import from_dict, to_dict
 
 VERBS = ("merge", "export", "import")
 

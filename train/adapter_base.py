@@ -8,9 +8,10 @@ from typing import Any
 
 from tpu.errors import UserError
 from train import checkpoint, manifest
-from train.config import AdapterConfig, Experiment, from_dict
+from train.config import AdapterConfig, Experiment
 from train.data import tokenizer as tokenizers
 from train.data.tokenizer import Tokenizer
+from train.tree import from_dict
 
 
 @dataclasses.dataclass(frozen=True)

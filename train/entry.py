@@ -20,7 +20,8 @@ import absl.logging
 from absl import app, flags
 
 from tpu.errors import UserError
-from train.config import Experiment, type_name
+from train.config import Experiment
+from train.tree import type_name
 
 FLAGS = flags.FLAGS
 

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 from absl import flags
 
 from train import entry
-from train.config import SCORED
+from train.objectives import SCORED
 
 if TYPE_CHECKING:
     from tpu.watchdog import Watchdog

@@ -25,7 +25,8 @@ from absl import flags
 from tpu import distributed, host
 from tpu.errors import UserError
 from train import entry
-from train.config import Experiment, RunConfig, to_dict
+from train.config import Experiment, RunConfig
+from train.tree import to_dict
 
 if TYPE_CHECKING:
     from train.adapter_base import Base

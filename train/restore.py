@@ -18,9 +18,10 @@ from tpu.errors import UserError
 from tpu.mesh import make_mesh
 from train import adapter_weights, checkpoint
 from train.adapter_base import base_of
-from train.config import AdapterConfig, Experiment, MeshConfig, from_dict
+from train.config import AdapterConfig, Experiment, MeshConfig
 from train.data import tokenizer as tokenizers
 from train.step import make_program
+from train.tree import from_dict
 
 
 @dataclasses.dataclass(frozen=True)

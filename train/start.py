@@ -15,9 +15,10 @@ from model.transformer import Weights
 from tpu import rules
 from tpu.errors import UserError
 from train import checkpoint
-from train.config import AdapterConfig, Experiment, from_dict
+from train.config import AdapterConfig, Experiment
 from train.data import tokenizer as tokenizers
 from train.data.tokenizer import Tokenizer
+from train.tree import from_dict
 
 
 def tokenizer_of(paths: Sequence[str]) -> Tokenizer | None:

@@ -32,12 +32,13 @@ from tpu import rules
 from tpu.errors import UserError
 from train import adapter_weights
 from train.balance import Routings, balance_figures, balance_loss, loads, rebalanced, router_z_loss
-from train.config import LABEL_HEADS, SCORED, Experiment
+from train.config import Experiment
 from train.contrastive_loss import contrastive_sums
 from train.data.batch import BY_TOKEN, Batch
 from train.label_losses import label_sums
 from train.local_sgd import localize
 from train.loss import cross_entropy
+from train.objectives import LABEL_HEADS, SCORED
 from train.optimizer import ema_update, optimizer
 from train.schedule import schedule
 from train.state import Metrics, TrainState

@@ -13,9 +13,10 @@ from model.config import ModelConfig
 from model.lora import FACTORS
 from tpu.pipeline import bubble_fraction
 from train import adapter_weights
-from train.config import Experiment, to_dict
+from train.config import Experiment
 from train.optimizer import optimizer, state_bytes
 from train.schedule import schedule
+from train.tree import to_dict
 
 FEWEST_REPLICAS = 2  # of local SGD, taken where mesh.data=-1 leaves their number to the devices
 

@@ -13,11 +13,12 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from tpu.errors import UserError
-from train.config import Experiment, differences, from_dict, to_dict
+from train.config import Experiment
 from train.signals import Stop
 from train.sweep_space import Point, Space, describe
 from train.sweep_study import Study
 from train.sweep_trial import Trial, alone, read_record
+from train.tree import differences, from_dict, to_dict
 from train.workdir import write_json
 
 POLL_SECONDS = 0.2

@@ -21,7 +21,8 @@ from collections.abc import Iterable
 from typing import Any
 
 from tpu.errors import UserError
-from train.config import Experiment, check_types
+from train.config import Experiment
+from train.tree import check_types
 
 EXAMPLE = "optimizer.learning_rate=log(1e-4, 1e-2); model.layers=[4, 6, 8]; optimizer.beta2=uniform(0.9, 0.99)"
 LARGEST_GRID = 10_000  # Every point is checked before the first one runs.

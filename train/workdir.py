@@ -14,7 +14,8 @@ from typing import Any
 
 from tpu import distributed
 from tpu.errors import UserError
-from train.config import Experiment, differences, from_dict, to_dict
+from train.config import Experiment
+from train.tree import differences, from_dict, to_dict
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")

@@ -13,8 +13,9 @@ from pathlib import Path
 import pytest
 
 from tpu.errors import UserError
-from train.config import Experiment, differences, from_dict, to_dict
+from train.config import Experiment
 from train.summary import summarize
+from train.tree import differences, from_dict, to_dict
 
 ROOT = Path(__file__).resolve().parents[2]
 

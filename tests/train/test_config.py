@@ -10,7 +10,8 @@ import pytest
 
 from model.config import ModelConfig
 from tpu.errors import UserError
-from train.config import Experiment, MeshConfig, check_types, differences, from_dict, to_dict
+from train.config import Experiment, MeshConfig
+from train.tree import check_types, differences, from_dict, to_dict
 
 
 def changed(**fields) -> Experiment:

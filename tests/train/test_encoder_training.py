@@ -14,7 +14,8 @@ import numpy as np
 import pytest
 
 from tpu import host
-from train.config import CONVERSATIONS, OBJECTIVES, Experiment
+from train.config import Experiment
+from train.objectives import CONVERSATIONS, OBJECTIVES
 from train.pretrain import pretrain
 from train.restore import open_checkpoint
 from train.signals import Stop

@@ -21,15 +21,17 @@ import pytest
 
 from tpu import gang
 from train import checkpoint
-from train.config import Experiment, to_dict
+from train.config import Experiment
 from train.step import make_program
+from train.tree import to_dict
 from train.workdir import Workdir
 
 ROOT = Path(__file__).resolve().parents[2]
 STEPS = 24
 
 CONFIG = """
-from train.config import Experiment, from_dict
+from train.config import Experiment
+from train.tree import from_dict
 
 
 def get_config():

@@ -25,7 +25,7 @@ from tpu.errors import UserError
 from tpu.hlo_counts import count
 from tpu.mesh import make_mesh
 from train.checkpoint import Checkpointer
-from train.config import MESH_AXES, DataConfig, Experiment, MeshConfig, OptimizerConfig, RunConfig
+from train.config import DataConfig, Experiment, MeshConfig, OptimizerConfig, RunConfig
 from train.data import pipeline
 from train.data.batch import Batch
 from train.local_sgd import outer_update
@@ -56,7 +56,7 @@ def changed(**branches: dict[str, Any]) -> Experiment:
 
 
 def made(experiment: Experiment) -> tuple[Program, jax.sharding.Mesh]:
-    devices = math.prod(getattr(experiment.mesh, axis) for axis in MESH_AXES)
+    devices = math.prod(experiment.mesh.sizes().values())
     mesh = make_mesh(experiment.mesh, jax.devices()[:devices])
     with jax.set_mesh(mesh):
         return make_program(experiment, mesh), mesh

@@ -20,7 +20,7 @@ from tpu import hlo
 from tpu.hlo_counts import Counts, count
 from tpu.mesh import make_mesh
 from tpu.pipeline import bubble_fraction
-from train.config import MESH_AXES, DataConfig, Experiment, MeshConfig, OptimizerConfig
+from train.config import DataConfig, Experiment, MeshConfig, OptimizerConfig
 from train.data.batch import Batch
 from train.state import TrainState
 from train.step import Program, make_program
@@ -205,7 +205,7 @@ def compiled(experiment: Experiment) -> tuple[Program, Counts]:
 
 
 def sizes(experiment: Experiment) -> dict[str, int]:
-    return {axis: getattr(experiment.mesh, axis) for axis in MESH_AXES}
+    return experiment.mesh.sizes()
 
 
 SHARDED = {"fsdp8", "tensor4", "expert8", "stage4", "fsdp4-tensor2", "stage2-tensor2-data2", "zero1", "zero2"}

@@ -27,11 +27,12 @@ from tpu import host
 from tpu.errors import UserError
 from train import checkpoint
 from train.checkpoint import Checkpointer, read_meta
-from train.config import Experiment, to_dict
+from train.config import Experiment
 from train.data import pipeline
 from train.pretrain import pretrain
 from train.signals import Stop
 from train.step import make_program
+from train.tree import to_dict
 from train.workdir import Workdir, read_experiment
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -276,7 +277,8 @@ def test_divergence_ends_with_a_checkpoint_and_status_1(tmp_path, here, micro, o
 
 
 CONFIG = """
-from train.config import Experiment, from_dict
+from train.config import Experiment
+from train.tree import from_dict
 
 
 def get_config():

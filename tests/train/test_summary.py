@@ -14,9 +14,10 @@ from hypothesis import strategies as st
 from model import transformer
 from model.config import GATED, ModelConfig
 from tpu.mesh import make_mesh
-from train.config import DataConfig, Experiment, MeshConfig, OptimizerConfig, RunConfig, from_dict
+from train.config import DataConfig, Experiment, MeshConfig, OptimizerConfig, RunConfig
 from train.step import make_program
 from train.summary import flops_per_token, human_bytes, parameter_counts, print_summary, summarize
+from train.tree import from_dict
 
 
 def count(config: ModelConfig) -> tuple[int, int]:

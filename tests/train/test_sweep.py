@@ -26,12 +26,13 @@ from hypothesis import strategies as st
 from tpu.distributed import cluster
 from tpu.errors import UserError
 from train import sweep_report, sweep_space
-from train.config import Experiment, RunConfig, to_dict
+from train.config import Experiment, RunConfig
 from train.signals import Stop
 from train.sweep_run import Sweep, run_sweep
 from train.sweep_space import Choice, Integers, Log, Uniform, parse_space, trial_name
 from train.sweep_study import Study
 from train.sweep_trial import Figures, Trial
+from train.tree import to_dict
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -544,7 +545,8 @@ def test_the_plot_shows_every_field_and_what_was_not_finished_does_not_break_it(
 # The command
 
 CONFIG = """
-from train.config import Experiment, from_dict
+from train.config import Experiment
+from train.tree import from_dict
 
 
 def get_config():

@@ -161,7 +161,7 @@ class Conversations:
 
 
 def load(data: DataConfig, objective: str, model: ModelConfig, tokenizer: Tokenizer) -> Conversations:
-    """Opens all of data.sources for an objective of `train.config.CONVERSATIONS`. Raises UserError."""
+    """Opens all of data.sources for an objective of `train.objectives.CONVERSATIONS`. Raises UserError."""
     sources = [open_source(name, data, model.vision.image_size) for name in data.sources]
     names: tuple[str, ...] = ()
     if objective == "image_classification":

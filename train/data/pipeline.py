@@ -19,7 +19,7 @@ import numpy as np
 
 from model.config import ModelConfig
 from tpu.errors import UserError
-from train.config import CONVERSATIONS, LABELLED, DataConfig, Experiment
+from train.config import DataConfig, Experiment
 from train.data import cache, conversations, labelled
 from train.data.batch import Batch
 from train.data.masking import Masking
@@ -27,6 +27,7 @@ from train.data.packing import PackedRows, padding_row
 from train.data.sources import documents, is_held_out
 from train.data.span_corruption import SpanCorruption
 from train.data.tokenizer import ByteTokenizer, Tokenizer, from_file, train_bpe
+from train.objectives import CONVERSATIONS, LABELLED
 
 log = logging.getLogger(__name__)
 
@@ -54,8 +55,8 @@ def load(
     """Reads, tokenises and packs all of `data.sources`, through the cache.
 
     tokenizer: that of a checkpoint, so that it is never trained again; without it, the one that data.tokenizer names.
-    objective: a name of `train.config.OBJECTIVES`; some read labelled records, or conversations, and need the `model`:
-      how many labels it has, how it sees.
+    objective: a name of `train.objectives.OBJECTIVES`; some read labelled records, or conversations, and need the
+      `model`: how many labels it has, how it sees.
     Raises UserError for sources that cannot be read or leave the train or the held-out side empty.
     """
     if objective in CONVERSATIONS:
