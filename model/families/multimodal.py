@@ -12,11 +12,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from model.attention import Place
-from model.cache import empty_cache
 from model.config import ModelConfig
-from model.decode import advance, slots_for
-from model.families.causal import INPUTS, described, ended, integers, moved, places, prompt_lengths
+from model.decode import Sight
+from model.families import causal
+from model.families.causal import INPUTS, described, integers, moved, places, prompt_lengths
 from model.families.mapping import Peer
 from model.families.options import filled, get
 from model.families.vit import pixels
@@ -85,8 +84,8 @@ def run(
 
 
 def checked(config: ModelConfig, inputs: dict[str, np.ndarray], options: dict[str, Any]) -> dict[str, np.ndarray]:
-    """The inputs as `outputs` takes them: the fields of `model.vision.Images`, `blocks` [B, T] of tokens that see each
-    other, and where each image lies in `pixels`. Raises UserError as `run`."""
+    """The inputs as `outputs` takes them: the fields of `model.vision.Images`, and where each image lies in `pixels`.
+    Raises UserError as `run`."""
     vision = config.vision
     valid = (*INPUTS, *(("token_type_ids",) if vision.mask != "causal" else ()), "pixel_values")
     if unknown := inputs.keys() - set(valid):
@@ -111,20 +110,18 @@ def checked(config: ModelConfig, inputs: dict[str, np.ndarray], options: dict[st
         # Images with nothing between them see each other.
         begins = stands & ~np.pad(stands, ((0, 0), (1, 0)))[:, :-1]
         arrays["seen"] = np.cumsum(begins, axis=1, dtype=np.int32)
-    if vision.mask != "causal":
-        arrays["blocks"] = arrays["given"] if vision.mask == "prefix" else np.where(stands, arrays["seen"], 0)
     return arrays | _arranged(config, stands, inputs)
 
 
 def _arranged(config: ModelConfig, stands: np.ndarray, inputs: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
     """Images as `pixels` [B, N, H, W, channels] and `segments` [B, N]; `rows` and `numbers` [A], where each is there.
 
-    stands: [B, T] bool, where an image's vector does.
+    stands: [B, T] bool, where an image's vector does. Text alone has an empty place for an image in every row.
     """
-    vectors, wanted = config.vision.vectors, int(stands.sum())
-    if not wanted and "pixel_values" not in inputs:
-        return {}
-    images = pixels(config, inputs, False) if "pixel_values" in inputs else ()
+    vision = config.vision
+    vectors, wanted = vision.vectors, int(stands.sum())
+    images = np.zeros((0, vision.image_size, vision.image_size, vision.channels), np.float32)
+    images = pixels(config, inputs, False) if "pixel_values" in inputs else images
     if wanted != len(images) * vectors:
         raise UserError(
             f"inputs: input_ids has {wanted} image tokens ({config.vision.image_token}), and pixel_values gives "
@@ -139,17 +136,15 @@ def _arranged(config: ModelConfig, stands: np.ndarray, inputs: dict[str, np.ndar
     counts = each // vectors
     rows = np.repeat(np.arange(len(counts), dtype=np.int32), counts)
     numbers = np.concatenate([np.arange(count, dtype=np.int32) for count in counts])
-    placed = np.zeros((len(counts), counts.max(), *images.shape[1:]), np.float32)
+    placed = np.zeros((len(counts), max(1, counts.max()), *images.shape[1:]), np.float32)
     placed[rows, numbers] = images
     segments = np.zeros(placed.shape[:2], np.int32)
     segments[rows, numbers] = 1
     return {"pixels": placed, "segments": segments, "rows": rows, "numbers": numbers}
 
 
-def images_of(inputs: dict[str, Any]) -> Images | None:
-    """The images among checked inputs, if there are any."""
-    if "pixels" not in inputs:
-        return None
+def images_of(inputs: dict[str, Any]) -> Images:
+    """The images among checked inputs."""
     return Images(inputs["pixels"], inputs["segments"], **{name: inputs[name] for name in BY_TOKEN})
 
 
@@ -157,11 +152,10 @@ def outputs(config: ModelConfig, weights: Weights, inputs: dict[str, Any]) -> di
     """As `run`, of checked inputs, to be compiled."""
     model, images = bind(build(config)[0], weights), images_of(inputs)
     place, keys = places(inputs)
-    place = place._replace(blocks=inputs.get("blocks"))
-    keys = keys if keys is None else keys._replace(blocks=place.blocks)
+    keys = keys if keys is None else keys._replace(blocks=images.blocks(config.vision.mask, place))
     hidden, _ = model(inputs["input_ids"], place, keys=keys, positions=inputs.get("position_ids"), images=images)
     found = described(model, hidden, inputs)
-    if images is not None:
+    if len(inputs["rows"]):
         vectors = model.vision(images).hidden.astype(jnp.float32)
         vectors = vectors.reshape(*images.segments.shape, -1, vectors.shape[-1])
         found["image_hidden_states"] = vectors[inputs["rows"], inputs["numbers"]]
@@ -174,29 +168,8 @@ def greedy(
     """As `model.families.causal.greedy`, of checked inputs: what images and prefixes see both ways they see when they
     are read; what is generated sees all before it."""
     lengths = prompt_lengths(inputs, options)
-    rows, width = inputs["input_ids"].shape
-    paddings = BY_TOKEN | {"input_ids": 0, "blocks": 0}
-    turned = {n: moved(a, lengths, paddings[n]) if n in paddings else a for n, a in inputs.items()}
-    slots = slots_for(width, int(lengths.max()) + new_tokens)
-
-    def generate(weights: Weights, inputs: dict[str, Any]) -> jax.Array:
-        model, order = bind(build(config)[0], weights), jnp.arange(width, dtype=jnp.int32)
-        order = jnp.broadcast_to(order, (rows, width))
-        place = Place((order < lengths[:, None]).astype(jnp.int32), order, inputs.get("blocks"))
-        cache = empty_cache(config, rows, slots)
-        hidden, cache = model(inputs["input_ids"], place, cache, images=images_of(inputs))
-        last = jnp.take_along_axis(hidden, (lengths - 1)[:, None, None], axis=1)[:, 0]
-        first = model.head(last).argmax(-1).astype(jnp.int32)
-
-        def step(carry: tuple, _: None) -> tuple:
-            cache, tokens, positions = carry
-            cache, logits = advance(model, cache, tokens, positions)
-            following = logits.argmax(-1).astype(jnp.int32)
-            return (cache, following, positions + 1), following
-
-        _, others = jax.lax.scan(step, (cache, first, jnp.asarray(lengths)), None, length=new_tokens - 1)
-        return jnp.concatenate([first[:, None], others.T], axis=1)
-
-    new = np.asarray(jax.jit(generate)(weights, turned))
-    prompts = np.where(inputs["slots"] >= 0, config.vision.image_token, inputs["input_ids"])
-    return np.concatenate([prompts, ended(new, options)], axis=1).astype(np.int64)
+    turned = {name: moved(inputs[name], lengths, padding) for name, padding in BY_TOKEN.items()}
+    sequences = causal.greedy(config, weights, inputs, new_tokens, options, Sight(images_of(inputs | turned)))
+    width = inputs["slots"].shape[1]
+    sequences[:, :width] = np.where(inputs["slots"] >= 0, config.vision.image_token, sequences[:, :width])
+    return sequences
