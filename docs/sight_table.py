@@ -23,6 +23,7 @@ import numpy as np
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 BEGIN, END = "<!-- table: docs/sight_table.py -->", "<!-- end of table -->"
 ASKED = 512  # held-out records of a task
+ASKED_OF_SCENES = 2048  # where two shares of right answers are compared: a standard error of one point
 
 
 class Task(NamedTuple):
@@ -56,7 +57,7 @@ def train(run: pathlib.Path, flags: list[str]) -> pathlib.Path:
     return run
 
 
-def answered(run: pathlib.Path, source: str) -> tuple[list[Any], Callable[[list[Any]], list[str]]]:
+def answered(run: pathlib.Path, source: str, count: int = ASKED) -> tuple[list[Any], Callable[[list[Any]], list[str]]]:
     """Held-out records of a source, and what asks the model of a run."""
     from train import answers
     from train.data import made
@@ -65,7 +66,7 @@ def answered(run: pathlib.Path, source: str) -> tuple[list[Any], Callable[[list[
     opened = open_checkpoint(run)
     data, model = opened.experiment.data, opened.experiment.model
     ask = answers.replier(model, opened.weights, opened.tokenizer, data, 80)
-    return [made.make(source, 0, "test", index) for index in range(ASKED)], ask
+    return [made.make(source, 0, "test", index) for index in range(count)], ask
 
 
 def questions(fusion: str, kind: str) -> Callable[[pathlib.Path, int], dict[str, float]]:
@@ -75,7 +76,7 @@ def questions(fusion: str, kind: str) -> Callable[[pathlib.Path, int], dict[str,
         from train import answers
         from train.data import made
 
-        asked, ask = answered(trained(workdir, seed, fusion, "questions"), "scenes:question")
+        asked, ask = answered(trained(workdir, seed, fusion, "questions"), "scenes:question", ASKED_OF_SCENES)
         known = [made.make("scenes:question", 0, "train", index) for index in range(4000)]
         found = answers.accuracies(asked, ask(asked))
         shuffled = answers.accuracies(asked, ask(answers.shuffled(asked)))
@@ -198,18 +199,19 @@ TASKS = {
 
 
 def table(results: dict[str, dict[str, dict[str, float]]]) -> str:
-    """The measured tasks as a table of markdown."""
+    """The measured tasks as a table of markdown. Shuffled images may help by three points over the best blind guess."""
     rows = ["| task | must reach | worst seed | all seeds | control | |", "|---|---|---|---|---|---|"]
     for name, task in TASKS.items():
         if not (seeds := results.get(name)):
             continue
         scores = [seeds[seed]["score"] for seed in sorted(seeds)]
         control = max(found["control"] for found in seeds.values())
-        blind = max((found["blind"] for found in seeds.values() if "blind" in found), default=None)
-        beside = f"{task.control} {control:.1%}" + (f", best blind guess {blind:.1%}" if blind is not None else "")
-        reached = "reached" if min(scores) >= task.target else "**missed**"
+        blind = [(found["control"] - found["blind"], found["blind"]) for found in seeds.values() if "blind" in found]
+        beside = f"{task.control} {control:.1%}" + (f", best blind guess {max(blind)[1]:.1%}" if blind else "")
+        reached = min(scores) >= task.target and all(above <= 0.03 for above, _ in blind)
         every = ", ".join(f"{score:.1%}" for score in scores)
-        rows.append(f"| {task.title} | {task.target:.0%} | {min(scores):.1%} | {every} | {beside} | {reached} |")
+        said = "reached" if reached else "**missed**"
+        rows.append(f"| {task.title} | {task.target:.0%} | {min(scores):.1%} | {every} | {beside} | {said} |")
     return "\n".join(rows)
 
 
