@@ -24,6 +24,7 @@ ROOT = pathlib.Path(__file__).resolve().parents[1]
 BEGIN, END = "<!-- table: docs/sight_table.py -->", "<!-- end of table -->"
 ASKED = 512  # held-out records of a task
 ASKED_OF_SCENES = 2048  # where two shares of right answers are compared: a standard error of one point
+STEPS_FOR_COLOURS = 600  # of the questions, where only those of colours have a score to reach
 
 
 class Task(NamedTuple):
@@ -39,6 +40,8 @@ def trained(workdir: pathlib.Path, seed: int, fusion: str, stage: str) -> pathli
     """The run of a stage of configs/sight.py, trained, with those before it, unless it is there."""
     run = workdir / f"seed{seed}" / (stage if stage == "text" else f"{fusion}-{stage}")
     flags = [f"--config=configs/sight.py:{fusion},{stage}", f"--config.run.seed={seed}"]
+    if fusion in ("co", "tangled") and stage == "questions":
+        flags.append(f"--config.run.steps={STEPS_FOR_COLOURS}")
     if before := runpy.run_path(str(ROOT / "configs" / "sight.py"))["STARTS"].get(stage):
         flags.append(f"--config.run.start=('{trained(workdir, seed, fusion, before)}',)")
     return train(run, flags)
