@@ -33,7 +33,7 @@ STAGES = {
 STARTS = {
     "captions": "text",
     "questions": "captions",
-    "compare": "captions",
+    "compare": "questions",
     "chart_captions": "text",
     "charts": "chart_captions",
     "clips": "captions",

@@ -68,7 +68,7 @@ def answered(run: pathlib.Path, source: str, count: int = ASKED) -> tuple[list[A
 
     opened = open_checkpoint(run)
     data, model = opened.experiment.data, opened.experiment.model
-    ask = answers.replier(model, opened.weights, opened.tokenizer, data, 80)
+    ask = answers.replier(model, opened.weights, opened.tokenizer, data, max_tokens=data.context)
     return [made.make(source, 0, "test", index) for index in range(count)], ask
 
 

@@ -93,10 +93,9 @@ def swapped(conversation: Conversation) -> Conversation:
     """The same comparison with its two images in the other order; "first" and "second" are flipped, yes and no stay."""
     flipped = {"first": "second", "second": "first"}
     *others, last = conversation.turns
-    steps, asked, answer = last.text.rpartition("Answer: ")
-    one, both, two = steps.removeprefix("first: ").removesuffix(". ").partition("; second: ")
-    steps = f"first: {two}; second: {one}. " if both else steps
-    turns = (*others, last._replace(text=f"{steps}{asked}{flipped.get(answer, answer)}"))
+    steps, _, answer = last.text.partition(". Answer: ")
+    one, _, two = steps.removeprefix("first: ").partition("; second: ")
+    turns = (*others, last._replace(text=f"first: {two}; second: {one}. Answer: {flipped.get(answer, answer)}"))
     key = f"{conversation.key}:swapped"
     return conversation._replace(key=key, turns=turns, images=conversation.images[::-1])
 
@@ -333,7 +332,7 @@ _ABOUT = (_colour_of, _shape_of, _count_of, _left_of, _above_of, _same_of)
 
 
 class _Counted(NamedTuple):
-    name: str  # plural
+    name: str  # plural, or, of a kind, singular
     least: int  # smallest number that a scene can have
     matches: Callable[[Kind], bool]
 
@@ -356,6 +355,10 @@ def _of_shape(shape: str) -> _Counted:
     return _Counted(f"{shape} shapes", 0, lambda kind: kind[1] == shape)
 
 
+def _of_kind(kind: Kind) -> _Counted:
+    return _Counted(drawing.named(*kind), 0, lambda found: found == kind)
+
+
 _EVERY_COUNTED = (_THINGS, *map(_of_colour, COLOURS), *map(_of_shape, SHAPES))
 
 
@@ -370,24 +373,29 @@ def _more(rng: np.random.Generator, split: str) -> Asked:
     counts = counted.least + rng.permutation(MOST + 1 - counted.least)[:2]  # two that differ, in an order by lot
     scenes = tuple(_scene(rng, split, lambda: counted.kinds(rng, count)) for count in counts.tolist())
     text = f"Which picture has more {counted.name}, the first or the second?"
-    one, two = (_counting(scene, counted)[1] for scene in scenes)
-    answer = "first" if counts[0] > counts[1] else "second"
-    return Asked("compare", scenes, text, f"first: {one}; second: {two}. Answer: {answer}")
+    return _told("compare", scenes, counted, text, "first" if counts[0] > counts[1] else "second")
 
 
 def _only(rng: np.random.Generator, split: str) -> Asked:
     (kind,) = _kinds(rng, 1)
     answer = pick(rng, ("first", "second"))
     scenes = tuple(_having(rng, split, kind, answer == which) for which in ("first", "second"))
-    text = f"Which picture has {drawing.named(*kind)}, the first or the second?"
-    return Asked("compare", scenes, text, answer)
+    counted = _of_kind(kind)
+    return _told("compare", scenes, counted, f"Which picture has {counted.name}, the first or the second?", answer)
 
 
 def _both(rng: np.random.Generator, split: str) -> Asked:
     (kind,) = _kinds(rng, 1)
     answer, lacking = pick(rng, ("yes", "no")), pick(rng, (0, 1))
     scenes = tuple(_having(rng, split, kind, answer == "yes" or which != lacking) for which in (0, 1))
-    return Asked("both", scenes, f"Is there {drawing.named(*kind)} in both pictures?", answer)
+    counted = _of_kind(kind)
+    return _told("both", scenes, counted, f"Is there {counted.name} in both pictures?", answer)
+
+
+def _told(kind: str, scenes: tuple[Scene, ...], counted: _Counted, text: str, answer: str) -> Asked:
+    """A question about two scenes, with what matches in each before the answer."""
+    one, two = (_counting(scene, counted)[1] for scene in scenes)
+    return Asked(kind, scenes, text, f"first: {one}; second: {two}. Answer: {answer}")
 
 
 def _having(rng: np.random.Generator, split: str, kind: Kind, there: bool) -> Scene:
