@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from model.attention import Place
-from model.block import residual
+from model.block import LayerInputs, residual
 from model.config import ModelConfig
 from model.dropout import dropout, fold_in
 from model.linear import Linear, parameter, zeros
@@ -110,5 +110,5 @@ class Bert(nnx.Module):
                 h = h + self.type_embedding(jnp.zeros_like(tokens) if token_types is None else token_types)
             h = dropout(self.embedding_norm(residual(h)), self.dropout_rate, key)
         turn = None if self.rope is None else rotations(self.rope, place._replace(positions=positions))
-        h, _, _ = self.stack(h, place, keys, turn, None, stack_key)
+        h, _, _ = self.stack(h, LayerInputs(place, keys, turn), key=stack_key)
         return h if self.final_norm is None else self.final_norm(h), None

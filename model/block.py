@@ -5,7 +5,7 @@ Legend: B batch, T tokens, D embed_dim, H heads, G kv_heads, K head_dim.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -29,6 +29,22 @@ from model.norms import Norm
 from model.prefix import Prefix
 from model.rope import rotate
 from tpu.rules import constrain
+
+
+class LayerInputs(NamedTuple):
+    """What every layer of a stack is given beside its hidden states.
+
+    place: of the T tokens. slots: of the keys (with a cache, those of it) where they stand elsewhere, else None.
+    rotation: `model.rope.rotations` of the positions, or None.
+    bias: `model.relative_positions.RelativeBias` of queries and keys, or None.
+    source: what cross-attention looks at, or None.
+    """
+
+    place: Place
+    slots: Place | None = None
+    rotation: Any = None
+    bias: Any = None
+    source: Source | None = None
 
 
 class SelfAttention(nnx.Module):
@@ -67,25 +83,16 @@ class SelfAttention(nnx.Module):
         self.causal = config.kind != "encoder"
 
     def __call__(
-        self,
-        x: jax.Array,
-        place: Place,
-        slots: Place | None,
-        rotation: Any,
-        cached: Any,
-        key: jax.Array | None,
-        bias: jax.Array | None = None,
+        self, x: jax.Array, inputs: LayerInputs, cached: Any = None, key: jax.Array | None = None
     ) -> tuple[jax.Array, Any]:
         """x [B, T, D] -> ([B, T, D], the cache with this call's keys and values written).
 
         Args:
-          place: of the T tokens. slots: of the keys (with a cache, those of it) where they stand elsewhere, else None.
-          rotation: `model.rope.rotations` of the positions, or None.
           cached: (keys, values) [B, G, S, K]; or, normalised, the memory of the layer, whose places and the tokens'
-            are `slots` then; or None.
+            are `inputs.slots` then; or None.
           key: [B] keys for dropout, or None.
-          bias: `model.relative_positions.RelativeBias` of queries and keys, or None.
         """
+        place, slots, rotation = inputs.place, inputs.slots, inputs.rotation
         q, k, v = together(x, self.query, self.key, self.value)  # [B, T, H, K], [B, T, G, K] twice
         own = isinstance(cached, Hidden)
         if own:
@@ -123,7 +130,7 @@ class SelfAttention(nnx.Module):
             key=key,
             context_parallel=self.context_parallel,
             causal=self.causal,
-            bias=bias,
+            bias=inputs.bias,
             alibi=self.alibi,
             sinks=None if self.sinks is None else self.sinks.get_value(),
             sparse=self.sparse,
@@ -171,15 +178,7 @@ class Block(nnx.Module):
         self.dropout_rate = config.residual_dropout
 
     def __call__(
-        self,
-        h: jax.Array,
-        place: Place,
-        slots: Place | None,
-        rotation: Any,
-        cached: Any,
-        key: jax.Array | None,
-        bias: jax.Array | None = None,
-        source: Source | None = None,
+        self, h: jax.Array, inputs: LayerInputs, cached: Any = None, key: jax.Array | None = None
     ) -> tuple[jax.Array, Any, Routing | None]:
         """h [B, T, D] -> ([B, T, D], cache, what the router of a mixture did); arguments as `SelfAttention`.
 
@@ -192,8 +191,7 @@ class Block(nnx.Module):
             remembered = cached
             if isinstance(cached, Hidden):
                 cached = Hidden(self.attention_norm(cached.states)) if self.norm_first else cached
-            with_bias = () if bias is None else (bias,)
-            out, cached = self.attention(x, place, slots, rotation, cached, keys[0], *with_bias)
+            out, cached = self.attention(x, inputs, cached, keys[0])
             if isinstance(cached, Hidden):
                 cached = remembered.followed_by(h)
             out = out if self.attention_adapter is None else self.attention_adapter(out)
@@ -203,14 +201,14 @@ class Block(nnx.Module):
         if self.cross is not None:
             with jax.named_scope("cross_attention"):
                 x = self.cross_norm(h) if self.norm_first else h
-                out, held = self.cross(x, place, source, held, fold_in(key, 3))
+                out, held = self.cross(x, inputs.place, inputs.source, held, fold_in(key, 3))
                 h = h + dropout(residual(out), self.dropout_rate, fold_in(key, 4))
                 h = self.cross_norm(h) if self.norm_sum else h
                 cached = cached if cached is None else (*cached, *held)
         with jax.named_scope("mlp"):
             x, routing = self.mlp_norm(h) if self.norm_first else h, None
             if self.moe is not None:  # Generation drops no token, for the others of its row are not there.
-                out, routing = self.moe(x, place.segments > 0, dropless=cached is not None)
+                out, routing = self.moe(x, inputs.place.segments > 0, dropless=cached is not None)
             else:
                 out = self.mlp(x)
             out = out if self.mlp_adapter is None else self.mlp_adapter(out)

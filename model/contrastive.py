@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from model.attention import Place
-from model.block import residual
+from model.block import LayerInputs, residual
 from model.config import ModelConfig
 from model.connector import encoder_width
 from model.linear import Linear, exact_matmul, parameter
@@ -70,7 +70,7 @@ class Contrastive(nnx.Module):
             elif self.positions == "sinusoidal":
                 h = h + sinusoidal(place.positions, self.embed_dim).astype(h.dtype)
             turn = None if self.rope is None else rotations(self.rope, place)
-            return self.final_norm(self.stack(residual(h), place, keys, turn, None, None)[0])
+            return self.final_norm(self.stack(residual(h), LayerInputs(place, keys, turn))[0])
 
     def project_texts(self, h: jax.Array, ends: jax.Array) -> jax.Array:
         """Hidden states h [B, T, D] of texts that end at `ends` [B] -> one vector each, [B, E] float32."""

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from model.attention import Place
-from model.block import residual
+from model.block import LayerInputs, residual
 from model.cache import Cache, write_slots
 from model.config import ModelConfig
 from model.cross_attention import Source
@@ -59,7 +59,7 @@ class EncoderDecoder(nnx.Module):
         h = self._embed(inputs, place.positions, fold_in(key, 0))
         bias = None if self.encoder_bias is None else self.encoder_bias(steps, steps)
         with jax.named_scope("encoder"):
-            h, _, _ = self.encoder(h, place, None, None, None, fold_in(key, 1), bias)
+            h, _, _ = self.encoder(h, LayerInputs(place, bias=bias), key=fold_in(key, 1))
         return Source(h if self.encoder_norm is None else self.encoder_norm(h), place)
 
     def __call__(
@@ -92,7 +92,8 @@ class EncoderDecoder(nnx.Module):
             bias = self.decoder_bias(place.positions, slots.positions)
         layers: Any = None if cache is None else cache.layers
         with jax.named_scope("decoder"):
-            h, layers, _ = self.decoder(h, place, slots, None, layers, fold_in(key, 2), bias, source)
+            given = LayerInputs(place, slots, bias=bias, source=source)
+            h, layers, _ = self.decoder(h, given, layers, fold_in(key, 2))
         h = h if self.decoder_norm is None else self.decoder_norm(h)
         h = h if self.output_scale == 1.0 else h * self.output_scale
         return h, None if cache is None else Cache(slots, layers)

@@ -15,7 +15,7 @@ Legend: B batch, T tokens, D embed_dim, H heads, G kv_heads, R = H / G, N rememb
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
@@ -30,6 +30,9 @@ from model.linear import Linear, parameter, together
 from model.memory import Pairs
 from model.rope import rotate
 from tpu.rules import constrain
+
+if TYPE_CHECKING:
+    from model.block import LayerInputs
 
 SCALE = 10.0  # of scores, before anything is learned
 
@@ -53,10 +56,9 @@ class KNNAttention(nnx.Module):
         self.kind = config.attention
         self.alibi = config.positions == "alibi"
 
-    def __call__(
-        self, x: jax.Array, place: Place, slots: Place | None, rotation: Any, cached: Any, key: jax.Array | None
-    ) -> tuple[jax.Array, Any]:
+    def __call__(self, x: jax.Array, inputs: LayerInputs, cached: Any, key: jax.Array | None) -> tuple[jax.Array, Any]:
         """x [B, T, D] -> ([B, T, D], `cached` with this row's keys and values); a cache, `Pairs` or None."""
+        place, slots, rotation = inputs.place, inputs.slots, inputs.rotation
         q, k, v = together(x, self.query, self.key, self.value)  # [B, T, H, K], [B, T, G, K] twice
         q, k = _unit(q), _unit(k)
         q = q * jnp.exp(self.log_scale.get_value().astype(jnp.float32))[:, None].astype(q.dtype)

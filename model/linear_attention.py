@@ -15,7 +15,7 @@ Legend: B batch, T tokens, C tokens of a chunk, D embed_dim, G kv_heads, R = H /
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
@@ -23,12 +23,14 @@ import numpy as np
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
-from model.attention import Place
 from model.config import ModelConfig
 from model.linear import Linear, together
 from model.norms import Norm
 from model.rope import rotate
 from tpu.rules import constrain
+
+if TYPE_CHECKING:
+    from model.block import LayerInputs
 
 CHUNK = 64
 
@@ -135,9 +137,7 @@ class LinearAttention(nnx.Module):
             self.gate = Linear(config, (embed,), (heads, head_dim), False, rngs)
             self.head_norm = Norm(config, config.head_dim, "norm", rngs, "rmsnorm")
 
-    def __call__(
-        self, x: jax.Array, place: Place, slots: Place | None, rotation: Any, cached: Any, key: jax.Array | None
-    ) -> tuple[jax.Array, Any]:
+    def __call__(self, x: jax.Array, inputs: LayerInputs, cached: Any, key: jax.Array | None) -> tuple[jax.Array, Any]:
         """x [B, T, D] -> ([B, T, D], the state after these tokens, or None).
 
         cached: the state [B, G, K, V] of `linear_attention` before these tokens, or None to begin with nothing.
@@ -147,8 +147,9 @@ class LinearAttention(nnx.Module):
             q, k = self.query_norm(q), self.key_norm(k)
         log_decay = None
         if self.gated:
-            if rotation is not None:
-                turn = jax.tree.map(lambda a: a[:, -x.shape[1] :], rotation["global"])  # Of memory and row, the row's.
+            if inputs.rotation is not None:
+                # Of memory and row, the row's.
+                turn = jax.tree.map(lambda a: a[:, -x.shape[1] :], inputs.rotation["global"])
                 q, k = (rotate(a, turn, self.rope_interleaved) for a in (q, k))
             q = q * q.shape[-1] ** -0.5
             log_decay = jax.nn.log_sigmoid(self.decay(x, "float32") + usual_decay(k.shape[2])).swapaxes(
@@ -161,7 +162,7 @@ class LinearAttention(nnx.Module):
         if not self.gated:
             v = jnp.concatenate([v, jnp.ones((*v.shape[:-1], 1), v.dtype)], -1)
         grouped = q.reshape(b, k.shape[1], -1, t, width)
-        out, state = linear_attention(grouped, k, v, log_decay, place.segments, cached)
+        out, state = linear_attention(grouped, k, v, log_decay, inputs.place.segments, cached)
         out = out.reshape(b, h, t, -1).swapaxes(1, 2)  # [B, T, H, V]
         if self.gated:
             out = self.head_norm(out.astype(x.dtype)) * jax.nn.silu(self.gate(x))

@@ -16,10 +16,8 @@ from typing import Any
 import jax
 from flax import nnx
 
-from model.attention import Place
-from model.block import Block, residual
+from model.block import Block, LayerInputs, residual
 from model.config import ModelConfig
-from model.cross_attention import Source
 from model.dropout import fold_in
 from model.gated_cross_attention import GatedCrossAttention
 from model.linear import parameter, zeros
@@ -62,15 +60,7 @@ class Group(nnx.Module):
             setattr(self, f"layer_{i}", Block(config, kind, rngs, config.mixes(i)))
 
     def __call__(
-        self,
-        h: jax.Array,
-        place: Place,
-        slots: Place | None,
-        rotation: Any,
-        cached: Any,
-        key: jax.Array | None,
-        bias: jax.Array | None = None,
-        source: Source | None = None,
+        self, h: jax.Array, inputs: LayerInputs, cached: Any, key: jax.Array | None
     ) -> tuple[jax.Array, Any, dict[str, Routing]]:
         """As `Block`, with `cached` a dictionary of layer names, and a `Routing` for the name of each mixture.
 
@@ -83,9 +73,9 @@ class Group(nnx.Module):
             layer = getattr(self, name)
             if self.looks[i]:
                 held = None if cached is None else cached.get(f"gate_{i}")
-                h, held = getattr(self, f"gate_{i}")(h, place, source, held, fold_in(key, self.size + i))
+                h, held = getattr(self, f"gate_{i}")(h, inputs.place, inputs.source, held, fold_in(key, self.size + i))
                 new |= {} if held is None else {f"gate_{i}": held}
-            h, new[name], routing = layer(h, place, slots, rotation, layer_cache, fold_in(key, i), bias, source)
+            h, new[name], routing = layer(h, inputs, layer_cache, fold_in(key, i))
             routings |= {} if routing is None else {name: routing}
         return h, None if cached is None else new, routings
 
@@ -117,13 +107,9 @@ class Stack(nnx.Module):
     def __call__(
         self,
         h: jax.Array,
-        place: Place,
-        slots: Place | None,
-        rotation: Any,
-        cached: Any,
-        key: jax.Array | None,
-        bias: jax.Array | None = None,
-        source: Source | None = None,
+        inputs: LayerInputs,
+        cached: Any = None,
+        key: jax.Array | None = None,
         part: tuple[int, int] | None = None,
     ) -> tuple[jax.Array, Any, dict[str, Routing]]:
         """As `Group`, with `cached` the `layers` of a `model.cache.Cache` and every `Routing` stacked [groups, ...].
@@ -132,13 +118,13 @@ class Stack(nnx.Module):
         """
         first, last = part or (0, self.count)
         graphdef, state = nnx.split(self.groups)
-        weights, side = nnx.to_pure_dict(state), (place, rotation, key, bias, source)
+        weights, side = nnx.to_pure_dict(state), (inputs, key)
         deltas = {} if self.deltas is None else nnx.to_pure_dict(nnx.state(self.deltas))
 
         def group(h: jax.Array, side: Any, weights: Any, cached: Any, index: Any) -> tuple[jax.Array, Any, Any]:
-            place, rotation, key, bias, source = side
+            inputs, key = side
             model = nnx.merge(graphdef, nnx.State(weights))
-            return model(h, place, slots, rotation, cached, fold_in(key, index), bias, source)
+            return model(h, inputs, cached, fold_in(key, index))
 
         if cached is None and part is None and rules.devices_along("layers") > 1:
             h, routings = self._pipelined(group, weights, h, side)

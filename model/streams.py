@@ -17,7 +17,7 @@ from flax import nnx
 
 from model import tangled_attention
 from model.attention import Place
-from model.block import Block
+from model.block import Block, LayerInputs
 from model.cache import parts
 from model.co_attention import CoConnection
 from model.config import ModelConfig
@@ -58,12 +58,9 @@ class Streams(nnx.Module):
         self,
         stack: Stack,
         h: jax.Array,
-        place: Place,
-        slots: Place | None,
-        rotation: Any,
+        inputs: LayerInputs,
         cached: Any,
         key: jax.Array | None,
-        source: Source | None,
         given: jax.Array | None,
         images: int,
     ) -> tuple[jax.Array, Any, dict[str, Any]]:
@@ -71,11 +68,12 @@ class Streams(nnx.Module):
 
         Args:
           cached: `layers` of a `model.cache.Cache`, or None.
-          source: the images' vectors, without which the earlier call's are read; their places; where tokens stand.
-            None: there are no images.
-          given: [B, T], 1 where images may look; images: N. Neither is read where `source` has no vectors.
+          inputs: its source has the images' vectors, without which the earlier call's are read; their places; where
+            tokens stand. None: there are no images.
+          given: [B, T], 1 where images may look; images: N. Neither is read where the source has no vectors.
         """
         held = [None] * (len(self.parts) - 1) if cached is None else cached["streams"]
+        place, slots, source, of_text = inputs.place, inputs.slots, inputs.source, inputs._replace(source=None)
         streams, queries = None, None if source is None else source.queries
         if self.tangled and source is not None and source.hidden is not None:
             streams = self._begin(source, images)
@@ -88,17 +86,17 @@ class Streams(nnx.Module):
                     if streams is not None:
                         actions = getattr(self, f"actions_{number - 1}")
                         streams = streams._replace(
-                            regions=layer(streams.regions, streams.region_place, None, None, None, None)[0],
-                            actions=actions(streams.actions, streams.action_place, None, None, None, None)[0],
+                            regions=layer(streams.regions, LayerInputs(streams.region_place))[0],
+                            actions=actions(streams.actions, LayerInputs(streams.action_place))[0],
                         )
                 else:
                     h, vectors, kept = connection(h, place, given, source, held[number - 1])
                     if vectors is not None:
-                        source = source._replace(hidden=layer(vectors, source.place, None, None, None, None)[0])
+                        source = source._replace(hidden=layer(vectors, LayerInputs(source.place))[0])
                 new_held.append(kept)
             layers = None if cached is None else cached["parts"][number]
             if part[0] < part[1]:
-                h, layers, routing = stack(h, place, slots, rotation, layers, fold_in(key, number), part=part)
+                h, layers, routing = stack(h, of_text, layers, fold_in(key, number), part)
                 routings.append(routing)
             new_parts.append(layers)
         joined = jax.tree.map(lambda *a: jnp.concatenate(a), *routings)

@@ -20,7 +20,7 @@ from flax import nnx
 from jax.sharding import PartitionSpec
 
 from model.attention import Place
-from model.block import residual
+from model.block import LayerInputs, residual
 from model.cache import Cache, write_slots
 from model.config import ModelConfig
 from model.cross_attention import Source
@@ -186,12 +186,11 @@ class Transformer(nnx.Module):
         turn = None if self.rope is None else rotations(self.rope, turned, written)
         if self.streams is not None:
             given, count = (None, 0) if images is None else (images.opening(place), images.segments.shape[1])
-            h, layers, routings = self.streams(
-                self.stack, h, place, slots, turn, layers, stack_key, source, given, count
-            )
+            inputs = LayerInputs(place, slots, turn, source=source)
+            h, layers, routings = self.streams(self.stack, h, inputs, layers, stack_key, given, count)
         else:
             of_stack = source if self.fusion == "cross" else None
-            h, layers, routings = self.stack(h, place, slots, turn, layers, stack_key, source=of_stack)
+            h, layers, routings = self.stack(h, LayerInputs(place, slots, turn, source=of_stack), layers, stack_key)
         if self.final_norm is not None:
             h = self.final_norm(h)
         if isinstance(cache, Memory):

@@ -18,6 +18,7 @@ import numpy as np
 from flax import nnx
 
 from model.attention import Place
+from model.block import LayerInputs
 from model.config import ModelConfig
 from model.interpolation import interpolated
 from model.linear import Linear, parameter
@@ -150,7 +151,7 @@ class ViT(nnx.Module):
             parts = [rotation(positions[..., axis], angles) for axis in (0, 1)]
             turn = {"global": tuple(jnp.concatenate(both, -1) for both in zip(*parts, strict=True))}
         order = jnp.broadcast_to(jnp.arange(h.shape[1], dtype=jnp.int32), h.shape[:2])
-        h, _, _ = self.stack(h, Place(segments, order), None, turn, None, key, part=(0, self.used))
+        h, _, _ = self.stack(h, LayerInputs(Place(segments, order), rotation=turn), key=key, part=(0, self.used))
         return self.final_norm(h) if self.final_norm is not None and self.apply_norm else h
 
     def _learned(self, positions: jax.Array, grid: tuple[int, int] | None) -> jax.Array:
