@@ -19,7 +19,6 @@ from train.data.made import answer
 from train.restore import Trained
 
 KNOWN = 4000  # training records from which the best guess without looking is learned
-TOKENS = 80  # of an answer, at most
 
 
 def figures(trained: Trained, limit: int) -> tuple[dict[str, dict[str, Any]], list[tuple[Conversation, str]]]:
@@ -29,7 +28,7 @@ def figures(trained: Trained, limit: int) -> tuple[dict[str, dict[str, Any]], li
     answer to the question), each a dictionary from kind to a share, and `count`. limit: questions of a source; 0: all.
     """
     data, model = trained.experiment.data, trained.experiment.model
-    ask = answers.replier(model, trained.weights, trained.tokenizer, data, TOKENS, min(64, limit or 64))
+    ask = answers.replier(model, trained.weights, trained.tokenizer, data, data.context, min(64, limit or 64))
     found, said = {}, []
     for name in data.sources:
         source = open_source(name, data, model.vision.image_size)
