@@ -5,6 +5,9 @@ a world without borders: what leaves at one side comes in at the other, so where
 goes. For order, each shape is there or not, and is where it is, as likely before its event as after it. Splits are
 therefore by the kinds of shape in a clip, never by what happens to them.
 
+A reply says frame by frame where each shape is, along its way, and then what happened: "a red circle: left, left,
+middle, right. Answer: a red circle moves right". Without these steps a small model sees the way and not the direction.
+
 Legend: F frames; S side of a picture in pixels.
 """
 
@@ -26,6 +29,8 @@ SECONDS = 0.5  # between frames
 DIRECTIONS = {"left": (-1, 0), "right": (1, 0), "up": (0, -1), "down": (0, 1)}  # x, y
 RADII = (0.11, 0.125, 0.14)  # in parts of the side; few, so that stamps are used again
 STEPS = (0.17, 0.23)  # between frames, in parts of the side; the whole way stays below 1, so directions are clear
+ALONG = {"left": ("left", "middle", "right"), "up": ("top", "middle", "bottom")}  # thirds of the side
+ALONG |= {"right": ALONG["left"], "down": ALONG["up"]}
 
 
 class Actor(NamedTuple):
@@ -61,7 +66,7 @@ def make(task: str, seed: int, split: str, index: int, size: int = 64) -> Conver
         raise UserError(f"task={task!r}: clips have no such task; valid: {', '.join(TASKS)}")
     found = clip(seed, split, index)
     request = IMAGE * FRAMES + REQUESTS[index % len(REQUESTS)]
-    turns = (Turn("user", request), Turn("assistant", description(found)))
+    turns = (Turn("user", request), Turn("assistant", reply(found)))
     times = tuple(SECONDS * frame for frame in range(FRAMES))
     return Conversation(f"clips:{task}:{split}:{seed}:{index}", turns, tuple(draw(found, size)), times, found.kind)
 
@@ -84,6 +89,22 @@ def description(clip: Clip) -> str:
         f"{drawing.named(a.colour, a.shape)} {f'moves {a.event}' if a.event in DIRECTIONS else a.event}"
         for a in clip.actors
     )
+
+
+def reply(clip: Clip) -> str:
+    """Where every actor is, frame by frame, and the description."""
+    return f"{'; '.join(map(_track, clip.actors))}. Answer: {description(clip)}"
+
+
+def _track(actor: Actor) -> str:
+    """Where an actor that moves is along its way, in thirds of the side; of another, whether it is there."""
+    places = [place(actor, frame) for frame in range(FRAMES)]
+    if actor.event in DIRECTIONS:
+        axis = 0 if DIRECTIONS[actor.event][0] else 1
+        words = [ALONG[actor.event][int(centre[axis] * 3)] for centre in places if centre is not None]
+    else:
+        words = ["gone" if centre is None else "there" for centre in places]
+    return f"{drawing.named(actor.colour, actor.shape)}: {', '.join(words)}"
 
 
 def place(actor: Actor, frame: int) -> tuple[float, float] | None:

@@ -40,6 +40,16 @@ def happens(images: list[np.ndarray], colour: str) -> tuple[str, int]:
     return "moves down" if y > 0 else "moves up", first + 1
 
 
+def is_at(word: str, image: np.ndarray, colour: str) -> bool:
+    """Whether the only thing of this colour is where the word says, give or take a twentieth of the side."""
+    place = seen(image, colour)
+    if word in ("there", "gone"):
+        return (place is None) == (word == "gone")
+    thirds = {"left": (0, 0), "right": (0, 2), "top": (1, 0), "bottom": (1, 2)}
+    axes = [thirds[word]] if word in thirds else [(0, 1), (1, 1)]
+    return any(abs((place[axis] * 3 - third + 1) % 3 - 1.5) < 0.5 + 3 / 20 for axis, third in axes)
+
+
 @pytest.mark.parametrize("split", ["train", "test"])
 def test_descriptions_say_what_happens(split):
     kinds = set()
@@ -48,7 +58,10 @@ def test_descriptions_say_what_happens(split):
         assert record.turns[0].text.count("<image>") == len(record.images) == len(record.times) == 4
         assert all(image.shape == (64, 64, 3) and image.dtype == np.uint8 for image in record.images)
         assert list(record.times) == sorted(set(record.times))
-        parts = [re.fullmatch(r"an? (\w+) (\w+) (.+)", part).groups() for part in record.turns[1].text.split(", then ")]
+        tracks, _, described = record.turns[1].text.partition(". Answer: ")
+        parts = [re.fullmatch(r"an? (\w+) (\w+) (.+)", part).groups() for part in described.split(", then ")]
+        tracks = [re.fullmatch(r"an? (\w+) (\w+): (.+)", track).groups() for track in tracks.split("; ")]
+        assert [track[:2] for track in tracks] == [part[:2] for part in parts]
         assert len(parts) == {"direction": 1, "order": 2}[record.kind]
         kinds.add(record.kind)
         upper = clips.clip(2, split, index).actors[0].centre[1] < 0.5
@@ -62,6 +75,9 @@ def test_descriptions_say_what_happens(split):
             found, start = happens(images, colour)
             assert found == event
             starts.append(start)
+            assert all(itertools.starmap(is_at, zip(tracks[number][2].split(", "), images, [colour] * 4, strict=True)))
+            changes = {word for pair in itertools.pairwise(tracks[number][2].split(", ")) for word in pair}
+            assert len(changes) > 1  # so that the steps say which way
         assert starts == sorted(set(starts))
     assert kinds == {"direction", "order"}
 
