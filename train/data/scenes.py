@@ -11,6 +11,7 @@ Legend: S side of a picture in pixels; O things in a scene.
 
 from __future__ import annotations
 
+import functools
 from collections import Counter
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -265,22 +266,6 @@ def _counting(scene: Scene, counted: _Counted) -> tuple[int, str]:
     return len(found), ", ".join(steps) or "none"
 
 
-def _left(rng: np.random.Generator) -> Asked | None:
-    return _left_of(rng, _placed(rng, _kinds(rng, _number(rng, 2))))
-
-
-def _left_of(rng: np.random.Generator, scene: Scene) -> Asked | None:
-    return _relation(rng, scene, "left", "left of", lambda thing: thing.column)
-
-
-def _above(rng: np.random.Generator) -> Asked | None:
-    return _above_of(rng, _placed(rng, _kinds(rng, _number(rng, 2))))
-
-
-def _above_of(rng: np.random.Generator, scene: Scene) -> Asked | None:
-    return _relation(rng, scene, "above", "above", lambda thing: thing.row)
-
-
 def _relation(
     rng: np.random.Generator, scene: Scene, kind: str, words: str, place: Callable[[Thing], int]
 ) -> Asked | None:
@@ -296,6 +281,17 @@ def _relation(
     one, two = (f"the {thing.colour} {thing.shape}" for thing in (a, b))
     steps = f"{one} is {_where(a)}, {two} is {_where(b)}"
     return Asked(kind, (scene,), f"Is {one} {words} {two}?", f"{steps}. Answer: {answer}")
+
+
+def _related(rng: np.random.Generator, relation: Callable[[np.random.Generator, Scene], Asked | None]) -> Asked | None:
+    return relation(rng, _placed(rng, _kinds(rng, _number(rng, 2))))
+
+
+_RELATIONS = (
+    functools.partial(_relation, kind="left", words="left of", place=lambda thing: thing.column),
+    functools.partial(_relation, kind="right", words="right of", place=lambda thing: -thing.column),
+    functools.partial(_relation, kind="above", words="above", place=lambda thing: thing.row),
+)
 
 
 def _same(rng: np.random.Generator) -> Asked:
@@ -323,9 +319,9 @@ def _same_of(rng: np.random.Generator, scene: Scene) -> Asked | None:
     return _compared(scene, *pick(rng, pairs))
 
 
-_QUESTIONS = (_colour, _shape, _count, _left, _above, _same)
+_QUESTIONS = (_colour, _shape, _count, *(functools.partial(_related, relation=r) for r in _RELATIONS), _same)
 # The same about a scene that is there already
-_ABOUT = (_colour_of, _shape_of, _count_of, _left_of, _above_of, _same_of)
+_ABOUT = (_colour_of, _shape_of, _count_of, *_RELATIONS, _same_of)
 
 
 # What can be counted, and questions about two scenes

@@ -12,6 +12,7 @@ from tpu.errors import UserError
 from train.data import made, scenes
 from train.data.drawing import COLOURS, SHAPES
 
+RELATIONS = ("left", "right", "above")
 COUNT = 160
 
 
@@ -100,11 +101,11 @@ def replied(pictures, question: str) -> tuple[str, str]:
     if m := re.fullmatch(r"How many (.+) are there\?", question):
         found = matching(things, m[1])
         return "count", f"{told_off(found)}. Answer: {len(found)}"
-    if m := re.fullmatch(r"Is the (.+) (left of|above) the (.+)\?", question):
-        axis = 3 if m[2] == "left of" else 2
+    if m := re.fullmatch(r"Is the (.+) (left of|right of|above) the (.+)\?", question):
+        axis = 2 if m[2] == "above" else 3
         a, b = only(things, m[1]), only(things, m[3])
         assert a[axis] != b[axis]
-        answer = "yes" if a[axis] < b[axis] else "no"
+        answer = "yes" if (a[axis] < b[axis]) != (m[2] == "right of") else "no"
         return m[2].split()[0], f"the {m[1]} is {where(a)}, the {m[3]} is {where(b)}. Answer: {answer}"
     if m := re.fullmatch(r"Are the (\w+) and the (\w+) the same colour\?", question):
         one, two = only(things, m[1])[0], only(things, m[2])[0]
@@ -160,7 +161,7 @@ def test_answers_are_those_of_the_pixels(task, split):
             kinds[kind] += 1
         assert kind == record.kind  # the last one's
         assert len(set(asked)) == len(asked) <= (3 if task == "dialogue" else 1)
-    expected = {"compare", "both"} if task == "compare" else {"colour", "shape", "count", "left", "above", "same"}
+    expected = {"compare", "both"} if task == "compare" else {"colour", "shape", "count", "same", *RELATIONS}
     assert set(kinds) == expected
     assert min(kinds.values()) > COUNT / 6
 
@@ -200,7 +201,7 @@ def test_the_question_alone_says_little_of_the_answer(split):
     found = [scenes.question(0, split, n) for n in range(8_000)]
     found += [scenes.comparison(0, split, n) for n in range(3_000)]
     asked = [(a.kind, a.question, made.answer(a.answer)) for a in found]
-    limits = {"colour": 1 / 6, "shape": 1 / 6, "count": 0.22, "left": 0.5, "above": 0.5, "same": 0.5}
+    limits = {"colour": 1 / 6, "shape": 1 / 6, "count": 0.22, "same": 0.5} | dict.fromkeys(RELATIONS, 0.5)
     limits |= {"compare": 0.5, "both": 0.5}
     found = blind(asked)
     assert set(found) == set(limits)
@@ -208,7 +209,7 @@ def test_the_question_alone_says_little_of_the_answer(split):
         assert found[kind] < limit + 0.06, kind
     leaky = [(kind, f"{question.split()[0]} {answer[0]}", answer) for kind, question, answer in asked]
     assert all(value > limits[kind] + 0.2 for kind, value in blind(leaky).items())  # a text that says more is noticed
-    answers = Counter(answer for kind, _, answer in asked if kind in ("left", "above", "same", "both"))
+    answers = Counter(answer for kind, _, answer in asked if kind in (*RELATIONS, "same", "both"))
     assert answers["yes"] / answers.total() == pytest.approx(0.5, abs=0.03)
     answers = Counter(answer for kind, _, answer in asked if kind == "compare")
     assert answers["first"] / answers.total() == pytest.approx(0.5, abs=0.04)
