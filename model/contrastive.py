@@ -1,8 +1,8 @@
 """Images and texts as vectors of one space: CLIP (arXiv:2103.00020, section 2) and SigLIP (arXiv:2303.15343).
 
 CLIP's text is causal and read at its end token, both sides have a projection, and similarities are scaled by a learned
-number of at most 100. SigLIP's text sees both ways and is read at the row's last position; similarities get a
-bias too.
+number of at most 100. SigLIP's text sees both ways and is read at the row's last position, so that its padding is part
+of it, end tokens to the end of the row; similarities get a bias too.
 
 Legend: B rows, T tokens, D embed_dim, E projection_dim.
 """
@@ -55,10 +55,13 @@ class Contrastive(nnx.Module):
     def texts(self, tokens: jax.Array, place: Place, ends: jax.Array | None = None) -> jax.Array:
         """Tokens [B, T] int32 at `place` -> their texts' vectors [B, E] float32, of length 1.
 
-        ends: [B] int32, where each text ends; None: at the last token of a segment above 0. Not read where the text is
-        read at the row's last position.
+        ends: [B] int32, where each text ends; None: at the last token of a segment above 0. Where texts are read at the
+        row's last position, neither ends nor segments count: what pads a row is read with it.
         """
         ends = jnp.sum(place.segments > 0, axis=1) - 1 if ends is None else ends
+        if self.text_pool == "last":
+            order = jnp.broadcast_to(jnp.arange(tokens.shape[1], dtype=jnp.int32), tokens.shape)
+            place = Place(jnp.ones_like(order), order)
         return unit(self.project_texts(self.read(tokens, place), ends))
 
     def read(self, tokens: jax.Array, place: Place, keys: Place | None = None) -> jax.Array:

@@ -115,6 +115,12 @@ class Opened:
         self.weights = PeerWeights(self.family, tensors, shapes(self.model.placed("cpu", "float32")), self.model)
 
 
+def row_length(model: ModelConfig) -> int:
+    """Tokens of a row of an imported model: 1,024, or an image's and 256 more where those are more, if it can."""
+    of_image = model.vision.vectors if model.fusion == "merge" else 0
+    return min(model.max_positions, max(1024, of_image + 256))
+
+
 def import_model(source: pathlib.Path, workdir: pathlib.Path, dtype: str) -> None:
     """Makes a workdir whose checkpoint, at step 0, holds the weights of a peer's directory and nothing else.
 
@@ -143,7 +149,7 @@ def import_model(source: pathlib.Path, workdir: pathlib.Path, dtype: str) -> Non
     experiment = Experiment(
         name=source.resolve().name,
         model=dataclasses.replace(opened.model, weight_dtype=dtype),
-        data=DataConfig(tokenizer=name, context=min(opened.model.max_positions, 1024)),
+        data=DataConfig(tokenizer=name, context=row_length(opened.model)),
         objective=ObjectiveConfig(name=opened.family.objective),
     ).resolved()
     numpy_dtype = np.dtype("float32") if dtype == "float32" else DTYPES["BF16"]

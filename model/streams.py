@@ -37,9 +37,10 @@ class Streams(nnx.Module):
     def __init__(self, config: ModelConfig, rngs: nnx.Rngs):
         self.parts, width = tuple(parts(config)), source_width(config)
         self.tangled = config.fusion == "tangled"
-        # A vector sees its own image and those before: causal, by the number of the image.
+        # A vector sees its own image and those before: causal, by the number of the image, which several vectors share;
+        # the kernels of accelerators take positions to rise by one.
         tower = dataclasses.replace(
-            tower_config(config), kind="decoder", positions="none", norm_order=config.norm_order
+            tower_config(config), kind="decoder", positions="none", norm_order=config.norm_order, attention="plain"
         )
         region = dataclasses.replace(tower, embed_dim=width, head_dim=width // tower.heads)
         action = dataclasses.replace(

@@ -178,7 +178,7 @@ class VisionConfig:
             raise UserError(
                 f"model.vision.image_size={self.image_size}: not a multiple of the {self.reduction} pixels of a vector"
             )
-        width = self.image_width or self.image_size
+        width = self.sides[1]
         if width % self.reduction_across and not cut:
             raise UserError(
                 f"model.vision.image_width={width}: not a multiple of the {self.reduction_across} pixels of a vector"
@@ -250,6 +250,11 @@ class VisionConfig:
         return self.patch_width or self.reduction
 
     @property
+    def sides(self) -> tuple[int, int]:
+        """Height and width of an image in pixels."""
+        return self.image_size, self.image_width or self.image_size
+
+    @property
     def grid(self) -> int:
         """The encoder's vectors along a side, or, where it is not square, the height, of an image of image_size."""
         return self.image_size // self.reduction
@@ -257,12 +262,12 @@ class VisionConfig:
     @property
     def columns(self) -> int:
         """The encoder's vectors along the width of an image of image_size."""
-        return (self.image_width or self.image_size) // self.reduction_across
+        return self.sides[1] // self.reduction_across
 
     @property
     def vectors(self) -> int:
         """Vectors that an image of image_size gives to the text."""
-        return self.vectors_of(self.image_size, self.image_width or self.image_size)
+        return self.vectors_of(*self.sides)
 
     def vectors_of(self, height: int, width: int) -> int:
         """Vectors that an image of so many pixels gives to the text."""

@@ -241,6 +241,7 @@ def complete(
     if data is None:
         prompts = [prompt_tokens(tokenizer, request.prompt) for request in requests]
     else:
+        data = dataclasses.replace(data, images=max(data.images, *(len(request.images) for request in requests)))
         runs, sight = answers.prompts([conversation(request) for request in requests], tokenizer, data, config)
         prompts = [run.ids for run in runs]
     for request, prompt in zip(requests, prompts, strict=True):

@@ -7,6 +7,7 @@ import re
 from typing import TYPE_CHECKING, Any
 
 from tpu.errors import UserError
+from train.data.conversation import IMAGE
 from train.objectives import OBJECTIVES
 
 if TYPE_CHECKING:
@@ -147,11 +148,22 @@ def _check_sight(experiment: Experiment) -> None:
         )
     if data.image_fit == "native" and (model.vision.class_token or model.vision.connector == "perceiver"):
         raise UserError("data.image_fit='native': not with model.vision.class_token or connector='perceiver'")
+    if 0 < model.vision.image_positions < data.images and model.fusion not in ("none", "contrastive"):
+        raise UserError(
+            f"data.images={data.images}: model.vision.image_positions={model.vision.image_positions} tells no more "
+            "images of a row apart; give at least as many, or 0"
+        )
+    if data.image_fit in ("tiles", "native") and (model.vision.image_width or model.vision.patch_width):
+        raise UserError(f"data.image_fit={data.image_fit!r}: not with model.vision.image_width or patch_width")
+    if data.max_megapixels <= 0:
+        raise UserError(f"data.max_megapixels={data.max_megapixels}: must be positive")
     if not 0.0 <= data.max_bad_fraction <= 1.0:
         raise UserError(f"data.max_bad_fraction={data.max_bad_fraction}: must be between 0 and 1")
     for field in ("user_format", "assistant_format"):
         if getattr(data, field).count("{}") != 1:
             raise UserError(f"data.{field}={getattr(data, field)!r}: must hold {{}} once, where the text stands")
+        if IMAGE in getattr(data, field):
+            raise UserError(f"data.{field}={getattr(data, field)!r}: {IMAGE} stands in the text of a turn, not here")
     if (objective.name == "contrastive") != (model.fusion == "contrastive"):
         raise UserError(
             f"objective.name={objective.name!r}: model.fusion={model.fusion!r}; 'contrastive' goes with 'contrastive'"

@@ -34,12 +34,13 @@ class DataConfig:
     image_fit: str = "squash"  # how images are made to fit: squash, pad, crop, tiles, native (train.data.image_inputs)
     max_tiles: int = 4  # of tiles: most of one image, beside its overview
     patches: int = 256  # of native: patches of all images of a row, at most
+    max_megapixels: float = 40.0  # of an image, 10^6 pixels: larger ones are bad records
     frames: int = 0  # of an animated file, taken as images with times; 0: the first alone
     image_field: str = "image"  # of TensorFlow Datasets records
     caption_field: str = "caption"  # of TensorFlow Datasets and of the JSON of tar shards
     user_format: str = "{}\n"  # what is given of a conversation, {} standing for the text
     assistant_format: str = "{}"  # what is answered; the end of the document follows
-    max_bad_fraction: float = 0.01  # of the records read, that may be left out because they cannot be read
+    max_bad_fraction: float = 0.01  # of the records read, that may be bad and left out; ten may where it is above 0
 
 
 @dataclasses.dataclass

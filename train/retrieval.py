@@ -37,9 +37,12 @@ def embedders(
 
 
 def recall_at(k: int, queries: np.ndarray, found: np.ndarray) -> float:
-    """The share of queries [n, E] whose own, the row of `found` [n, E] with their number, is among the k most alike."""
+    """The share of queries [n, E] whose own, the row of `found` [n, E] with their number, is among the k most alike.
+
+    What is exactly as much alike counts as more so: vectors that are all the same find nothing.
+    """
     similarity = queries @ found.T
-    better = (similarity > np.diagonal(similarity)[:, None]).sum(1)
+    better = (~(similarity < np.diagonal(similarity)[:, None])).sum(1) - 1
     return float((better < k).mean())
 
 

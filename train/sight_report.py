@@ -13,7 +13,7 @@ import numpy as np
 
 from train import answers
 from train.data.conversation import IMAGE, Conversation
-from train.data.conversations import open_source
+from train.data.conversations import good, last_answer, open_source
 from train.data.images import decode
 from train.data.made import answer
 from train.restore import Trained
@@ -30,14 +30,21 @@ def figures(trained: Trained, limit: int) -> tuple[dict[str, dict[str, Any]], li
     data, model = trained.experiment.data, trained.experiment.model
     ask = answers.replier(model, trained.weights, trained.tokenizer, data, data.context, min(64, limit or 64))
     found, said = {}, []
+
+    def answerable(conversation: Conversation) -> Conversation:
+        conversation = _up_to_answer(conversation)
+        answers.prompts([conversation], trained.tokenizer, data, model)
+        return conversation
+
     for name in data.sources:
         source = open_source(name, data, model.vision.image_size)
         count = min(limit or source.held_out.length, source.held_out.length)
         if not count:
             continue
-        asked = [source.held_out.read(index) for index in range(count)]
+        held_out, train = good(source.held_out, data, answerable), good(source.train, data, _up_to_answer)
+        asked = [held_out[index] for index in range(count)]
         replies = ask(asked)
-        known = [source.train.read(index) for index in range(min(KNOWN, source.train.length))]
+        known = [train[index] for index in range(min(KNOWN, len(train)))]
         found[name] = {
             "count": count,
             "answers": answers.accuracies(asked, replies),
@@ -46,6 +53,13 @@ def figures(trained: Trained, limit: int) -> tuple[dict[str, dict[str, Any]], li
         }
         said += zip(asked, replies, strict=True)
     return found, said
+
+
+def _up_to_answer(conversation: Conversation) -> Conversation:
+    """Without what follows the assistant's last turn. Raises UserError where it says nothing."""
+    last_answer(conversation)
+    last = max(number for number, turn in enumerate(conversation.turns) if turn.role == "assistant")
+    return conversation._replace(turns=conversation.turns[: last + 1])
 
 
 def lines(found: dict[str, dict[str, Any]]) -> list[str]:

@@ -92,11 +92,11 @@ def abstract_batch(experiment: Experiment) -> Batch:
         tokens = 1
     sees, merges = model.vision.encoder != "none", model.fusion not in ("none", "contrastive")
     count = data.images if merges else 1
-    size = model.vision.image_size
+    sides = model.vision.sides
     native = sees and data.image_fit == "native"
     if native:
-        count, size = data.patches, model.vision.patch_size
-    of_image = jax.ShapeDtypeStruct((rows, count, size, size, model.vision.channels), jnp.uint8)
+        count, sides = data.patches, (model.vision.patch_size,) * 2
+    of_image = jax.ShapeDtypeStruct((rows, count, *sides, model.vision.channels), jnp.uint8)
 
     def integers(*shape: int) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(shape, jnp.int32)

@@ -172,7 +172,7 @@ def pixels(
     if "pixel_values" not in inputs:
         raise UserError("inputs: pixel_values is missing")
     array, vit = inputs["pixel_values"], vision.encoder == "vit"
-    full = (vision.image_size, vision.image_width or vision.image_size) if vit and not any_size else ()
+    full = vision.sides if vit and not any_size else ()
     least = (vision.patch_size, vision.reduction_across) if vit else (1, 1)
     wanted = ", ".join(map(str, (*lead, vision.channels, *(full or ("rows", "columns")))))
     right = array.ndim == len(lead) + 3 and array.shape[-3] == vision.channels and array.dtype.kind == "f"

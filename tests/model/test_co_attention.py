@@ -7,15 +7,19 @@ Legend: B rows, T tokens, S image vectors.
 
 from __future__ import annotations
 
+import dataclasses
+
 import jax
 import numpy as np
 import pytest
+from flax import nnx
 
 from model import transformer
 from model.attention import Place
 from model.co_attention import CoConnection
 from model.config import ModelConfig
 from model.cross_attention import Source
+from model.streams import Streams
 from model.vision_config import VisionConfig
 from tests.model import float64
 
@@ -74,3 +78,11 @@ def test_a_connection_is_that_of_the_paper(post, norm, qk_norm):
     np.testing.assert_allclose(text[segments > 0], wanted[segments > 0], rtol=0, atol=2e-5)
     np.testing.assert_allclose(images[of_image > 0], wanted_images[of_image > 0], rtol=0, atol=2e-5)
     assert w["text_attention"]["query"]["kernel"].shape == (TEXT, HEADS, INNER // HEADS)
+
+
+@pytest.mark.parametrize("fusion", ["co", "tangled"])
+def test_images_are_told_apart_by_number_on_accelerators_too(fusion):
+    """Vectors of an image share a position: kernels that take positions to rise by one would hide some of them."""
+    config = dataclasses.replace(connected(False, "layernorm", True), fusion=fusion, platform="tpu", attention="splash")
+    streams = nnx.eval_shape(lambda: Streams(config, nnx.Rngs(0)))
+    assert streams.images_0.attention.kind == "plain"

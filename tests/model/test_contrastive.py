@@ -20,6 +20,8 @@ from model.contrastive import Contrastive
 from model.vision import Vision
 from model.vision_config import VisionConfig
 from tests.model import float64
+from train.data.conversations import text_row
+from train.data.tokenizer import ByteTokenizer
 
 CASES: dict[str, dict[str, Any]] = {
     "clip": {"pool": "class", "class_token": True},
@@ -55,8 +57,9 @@ def test_a_text_is_its_last_token_or_its_row_s(case):
     found = jax.jit(lambda w: transformer.bind(graphdef, w).texts(tokens, place))(weights)
     w = float64.exactly(weights)
     h = w["embedding"]["embedding"][tokens] + w["position_embedding"]["embedding"][place.positions]
-    mask = place.segments[:, :, None] == place.segments[:, None]
+    mask = np.ones((3, 7, 7), bool)  # SigLIP's padding is read with its text
     if config.kind == "decoder":
+        mask = place.segments[:, :, None] == place.segments[:, None]
         mask = mask & (place.positions[:, :, None] >= place.positions[:, None])
     h = float64.norm(float64.block(h, float64.layers(w["stack"], 1)[0], mask, config), w["final_norm"], 1e-2)
     h = h[np.arange(3), ends if config.vision.text_pool == "end" else 6]
@@ -74,6 +77,17 @@ def test_what_follows_a_text_s_end_is_not_read_and_the_end_may_be_given():
     whole = place._replace(segments=np.ones_like(place.segments))
     np.testing.assert_allclose(run(tokens, whole, ends.astype(np.int32)), found, rtol=0, atol=1e-6)
     assert np.abs(run(tokens, whole, None) - found).max(-1)[1:].min() > 1e-3
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_short_texts_have_vectors_of_their_own(case):
+    _, graphdef, weights = made(case)
+    rows = [text_row(text, ByteTokenizer(), 9) for text in ("a", "b", "ab")]
+    tokens, segments, positions = (np.stack([row[field] for row in rows]) for field in (0, 3, 4))
+    place = Place(segments, positions)
+    found = jax.jit(lambda w: transformer.bind(graphdef, w).texts(tokens % 11, place))(weights)
+    for one, other in ((0, 1), (0, 2), (1, 2)):
+        assert np.abs(found[one] - found[other]).max() > 1e-3
 
 
 @pytest.mark.parametrize("case", CASES)

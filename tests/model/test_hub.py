@@ -23,6 +23,7 @@ from model.families.mapping import export_specs, export_tensor
 from model.load import load, shapes
 from model.safetensors import DTYPES, open_directory, write_directory
 from model.transformer import init
+from model.vision_config import VisionConfig
 from tests.model.test_rope import SCALED
 from tpu.errors import UserError
 from tpu.mesh import make_mesh
@@ -346,3 +347,16 @@ def test_scaled_rotations_survive_config_json(fields):
         family = that_can_express(model)
         read = family.read(json.loads(json.dumps(describe(family, model))))
         assert {f: getattr(read, f) for f in fields} == {f: getattr(model, f) for f in fields}
+
+
+def test_a_row_has_room_for_an_image():
+    def length(vectors: int, positions: int, fusion: str = "merge") -> int:
+        vision = VisionConfig(encoder="vit", image_size=2 * vectors, image_width=2, patch_size=2)
+        return hub.row_length(ModelConfig(fusion=fusion, vision=vision, max_positions=positions))
+
+    assert length(576, 4096) == 1024
+    assert length(1024, 8192) == 1280  # PaliGemma at 448 pixels
+    assert length(4096, 8192) == 4352
+    assert length(4096, 4200) == 4200
+    assert length(4096, 8192, "cross") == 1024
+    assert length(16, 77) == 77

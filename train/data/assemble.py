@@ -89,11 +89,11 @@ def tokenize(
 def _fitted(tokens: Tokens, conversation: Conversation, assembly: Assembly, answer: bool) -> Tokens:
     """The tokens cut to a row and the target of its last position. Raises UserError where that is no row any more."""
     room = assembly.context + answer
-    if len(tokens.ids) <= room:
-        return tokens
     images_end = max((i + 1 for i, slot in enumerate(tokens.slots) if slot >= 0), default=0)
+    if len(tokens.ids) <= room and images_end <= assembly.context:
+        return tokens
     first_learned = tokens.learned.index(True) if answer and True in tokens.learned else len(tokens.ids)
-    if images_end > room or first_learned >= room or not answer:
+    if images_end > assembly.context or first_learned >= room or not answer:
         raise UserError(
             f"{conversation.key}: its images ({sum(slot >= 0 for slot in tokens.slots)} tokens) and questions take "
             f"{len(tokens.ids)} tokens; data.context={assembly.context}"

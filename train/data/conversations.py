@@ -78,12 +78,11 @@ def assembly_of(data: DataConfig) -> Assembly:
 class Rows(Sequence[Batch]):
     """Rows of one side of a source, made by `make`; good ones stand in for the few that cannot be read."""
 
-    def __init__(self, side: Side, make: Callable[[Conversation], Batch], max_bad_fraction: float):
-        self._length = side.length
-        self._rows = Skipping(lambda index: make(side.read(index)), side.length, max_bad_fraction)
+    def __init__(self, side: Side, make: Callable[[Conversation], Batch], data: DataConfig):
+        self._rows = good(side, data, make)
 
     def __len__(self) -> int:
-        return self._length
+        return len(self._rows)
 
     def __getitem__(self, index: int) -> Batch:
         return self._rows[int(index)]
@@ -112,10 +111,11 @@ def last_answer(conversation: Conversation) -> str:
 
 
 def text_row(text: str, tokenizer: Tokenizer, context: int) -> Batch:
-    """A text alone as a row [T] of a contrastive model, [end, text, end]; its first position has the row's weight."""
+    """A text alone as a row [T] of a contrastive model, [beginning, text, end, end, ...], where ends but the first are
+    padding (as CLIP and SigLIP have it); its first position has the row's weight."""
     end = tokenizer.end_of_document
-    ids = [end, *tokenizer.encode(text)[: context - 2], end][:context]
-    tokens = np.zeros(context, np.int32)
+    ids = [tokenizer.beginning, *tokenizer.encode(text)[: context - 2], end][:context]
+    tokens = np.full(context, end, np.int32)
     tokens[: len(ids)] = ids
     there = (np.arange(context) < len(ids)).astype(np.int32)
     weights = (np.arange(context) == 0).astype(np.float32)
@@ -142,9 +142,15 @@ def _one_image(conversation: Conversation, data: DataConfig, model: ModelConfig)
     return {name: array[:1] for name, array in fields.items()}
 
 
-def class_names(sides: Sequence[Side], labels: int) -> tuple[str, ...]:
+def good(side: Side, data: DataConfig, read: Callable[[Conversation], Any] = lambda record: record) -> Skipping:
+    """What `read` makes of the records of a side, where good ones stand in for the few bad ones."""
+    return Skipping(lambda index: read(side.read(index)), side.length, data.max_bad_fraction)
+
+
+def class_names(sides: Sequence[Side], labels: int, data: DataConfig) -> tuple[str, ...]:
     """The classes of all records in order. Raises UserError where there are more than `labels`."""
-    names = sorted({last_answer(side.read(index)) for side in sides for index in range(side.length)})
+    records = [good(side, data, last_answer) for side in sides]
+    names = sorted({side[index] for side in records for index in range(len(side))})
     if len(names) > labels:
         raise UserError(f"model.labels={labels}: the records have {len(names)}: {', '.join(names[:20])}")
     return tuple(names)
@@ -165,7 +171,8 @@ def load(data: DataConfig, objective: str, model: ModelConfig, tokenizer: Tokeni
     sources = [open_source(name, data, model.vision.image_size) for name in data.sources]
     names: tuple[str, ...] = ()
     if objective == "image_classification":
-        names = class_names([side for source in sources for side in (source.train, source.held_out)], model.labels)
+        sides = [side for source in sources for side in (source.train, source.held_out)]
+        names = class_names(sides, model.labels, data)
 
     numbers = {name: number for number, name in enumerate(names)}
 
@@ -175,7 +182,7 @@ def load(data: DataConfig, objective: str, model: ModelConfig, tokenizer: Tokeni
         return (caption_row if objective == "contrastive" else conversation_row)(conversation, tokenizer, data, model)
 
     def rows(side: Side) -> Rows:
-        return Rows(side, make, data.max_bad_fraction)
+        return Rows(side, make, data)
 
     def count(side: Side) -> dict[str, int]:
         return {"documents": side.length, "bytes": 0, "tokens": 0}
@@ -196,6 +203,6 @@ def load(data: DataConfig, objective: str, model: ModelConfig, tokenizer: Tokeni
 def texts(data: DataConfig, size: int, limit: int = 10_000) -> Iterator[str]:
     """What is said in the first training records of every source, for a tokenizer to learn from."""
     for name in data.sources:
-        side = open_source(name, data, size).train
-        for index in range(min(limit, side.length)):
-            yield from (turn.text for turn in side.read(index).turns)
+        side = good(open_source(name, data, size).train, data)
+        for index in range(min(limit, len(side))):
+            yield from (turn.text for turn in side[index].turns)

@@ -19,6 +19,7 @@ from model.interpolation import antialiased, interpolated
 from tpu.errors import UserError
 
 METHODS = ("bicubic", "bilinear", "nearest")
+MOST_TO_CROP = 40_000_000  # pixels of an image made as large as to fill what it is cropped to
 FITS = ("squash", "pad", "crop")
 _PILLOW = {"bicubic": Image.Resampling.BICUBIC, "bilinear": Image.Resampling.BILINEAR}
 
@@ -65,6 +66,11 @@ def fit(
     if how == "crop":
         # The shorter side exactly, the longer rounded down and the odd pixel to even, as torchvision does.
         h, w = (height, W * height // H) if W * height >= H * width else (H * width // W, width)
+        if h * w > MOST_TO_CROP:
+            raise UserError(
+                f"{H} x {W} pixels (height x width) would be made {h} x {w} before they are cropped to {height} x "
+                f"{width}; at most {MOST_TO_CROP / 1e6:g} megapixels: crop or split the image"
+            )
         top, left = round((h - height) / 2), round((w - width) / 2)
         return resize(image, h, w, method)[top : top + height, left : left + width]
     h, w = padded_size(H, W, height, width)

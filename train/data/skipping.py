@@ -14,7 +14,7 @@ from tpu.errors import UserError
 
 log = logging.getLogger(__name__)
 
-TOLERATED = 10  # bad records, however few were read
+TOLERATED = 10  # bad records, however few were read, where any are allowed
 
 
 class Skipping:
@@ -40,8 +40,8 @@ class Skipping:
     def __getitem__(self, index: int) -> Any:
         """The record of `index`, or of the first good one on a walk from there that comes to all.
 
-        Raises UserError where more records are bad than `max_bad_fraction` of those read, and more than TOLERATED, and
-        where there is no good one.
+        Raises UserError where more records are bad than `max_bad_fraction` of those read, and more than TOLERATED, at
+        the first where the fraction is 0, and where there is no good one.
         """
         if not 0 <= index < self._length:
             raise IndexError(index)
@@ -67,7 +67,7 @@ class Skipping:
                 self.reasons[_reason(message)] += 1
                 log.warning("bad record, read over: %s", message)
             read = min(self._reads, self._length)  # A record that an epoch reads again is still one record.
-            if len(self._bad) > max(TOLERATED, self._max_bad_fraction * read):
+            if len(self._bad) > (max(TOLERATED, self._max_bad_fraction * read) if self._max_bad_fraction else 0):
                 raise UserError(
                     f"max_bad_fraction={self._max_bad_fraction}: {len(self._bad)} of {read} records are bad "
                     f"({_listed(self.reasons)}); mend them or allow more; the last: {message}"

@@ -99,7 +99,7 @@ def test_any_conversation_is_whole_cut_in_its_text_or_refused(record, vectors, c
     assembly = Assembly(context, "{}\n", "{}")
     whole = tokens_of(record, vectors, dataclasses.replace(assembly, context=10_000))
     first = whole.learned.index(True)
-    if first > context or (vectors and any(slot >= 0 for slot in whole.slots[context + 1 :])):
+    if first > context or (vectors and any(slot >= 0 for slot in whole.slots[context:])):
         with pytest.raises(UserError, match=rf"record 7: .* data.context={context}"):
             tokens_of(record, vectors, assembly)
         return
@@ -110,6 +110,7 @@ def test_any_conversation_is_whole_cut_in_its_text_or_refused(record, vectors, c
     slots = [slot for slot in tokens.slots if slot >= 0]
     assert slots == list(range(vectors * len(record.images)))  # every image whole, in order
     row = row_fields(tokens, assembly)
+    assert [slot for slot in row["image_slots"] if slot >= 0] == slots
     assert row["loss_weights"].sum() == sum(tokens.learned[1:]) > 0
     assert row["given"].sum() == first
     assert not row["loss_weights"][: first - 1].any()

@@ -82,6 +82,41 @@ def test_more_tiles_than_a_row_holds_are_refused():
         look(about(noise(40, 40)), dataclasses.replace(DATA, image_fit="tiles"), MODEL)
 
 
+def test_the_tiles_of_a_frame_have_its_time():
+    frames = [np.full((16, 32, 3), value, np.uint8) for value in (0, 200)]
+    data = dataclasses.replace(DATA, image_fit="tiles", images=6, max_tiles=2, frames=2)
+    conversation, _, _ = look(about(gif(frames, 500)), data, MODEL)
+    assert conversation.turns[0].text == IMAGE * 6 + "what?"
+    assert conversation.times == (0.0,) * 3 + (0.5,) * 3
+
+
+def test_images_need_not_be_square():
+    wide = dataclasses.replace(MODEL, vision=dataclasses.replace(VISION, image_width=32))
+    _, vectors, fields = look(about(noise(16, 32)), DATA, wide)
+    assert vectors == (32,)
+    np.testing.assert_array_equal(fields["images"][0], noise(16, 32))
+
+
+def test_more_images_than_have_positions_are_refused():
+    few = dataclasses.replace(MODEL, vision=dataclasses.replace(VISION, image_positions=2))
+    with pytest.raises(UserError, match=r"record 7: 3 images; model.vision.image_positions=2 tells no more"):
+        look(about(*[noise(4, 4)] * 3), DATA, few)
+
+
+def test_images_of_models_with_positions_in_three_dimensions_are_refused():
+    turned = dataclasses.replace(MODEL, rope_sections=(2, 1, 1))
+    with pytest.raises(UserError, match=r"record 7: has images, .*model.rope_sections=\(2, 1, 1\).*model.hub run"):
+        look(about(noise(4, 4)), DATA, turned)
+    assert look(Conversation("text", (Turn("user", "a"), Turn("assistant", "b"))), DATA, turned).vectors == ()
+
+
+def test_the_limit_of_megapixels_is_the_experiment_s():
+    data = dataclasses.replace(DATA, max_megapixels=0.001)
+    assert look(about(noise(20, 50)), data, MODEL).vectors == (16,)
+    with pytest.raises(UserError, match=r"record 7, image 1: 20 x 51 pixels .* at most 0.001"):
+        look(about(noise(20, 51)), data, MODEL)
+
+
 def test_an_animated_file_becomes_frames_with_times():
     frames = [np.full((16, 16, 3), value, np.uint8) for value in (0, 100, 200)]
     data = dataclasses.replace(DATA, frames=3)
@@ -138,5 +173,10 @@ def test_what_is_wrong_is_named():
         look(about(noise(4, 4), noise(4, 4), text=f"{IMAGE}?"), DATA, MODEL)
     with pytest.raises(UserError, match=r"record 7: 5 images; a row holds data.images=4"):
         look(about(*[noise(4, 4)] * 5), DATA, MODEL)
+    with pytest.raises(UserError, match=r"record 7, image 1: height=1 width=300: one side is more than 200 times"):
+        look(about(noise(1, 300)), NATIVE, MODEL)
+    large = dataclasses.replace(MODEL, vision=dataclasses.replace(VISION, image_size=32))
+    with pytest.raises(UserError, match=r"record 7, image 1: 1 x 60000 pixels .* at most 40 megapixels: crop or split"):
+        look(about(noise(1, 60_000)), dataclasses.replace(DATA, image_fit="crop"), large)
     with pytest.raises(UserError, match=r"record 7: its images take .* data.patches=3"):
         look(about(*[noise(16, 16)] * 4), dataclasses.replace(NATIVE, patches=3), MODEL)

@@ -85,6 +85,13 @@ def test_one_more_ends_the_run():
         records[2 * TOLERATED]
 
 
+def test_none_is_allowed_where_the_fraction_is_zero():
+    records = faulty({3}, 10, 0.0)
+    assert records[2] == 2
+    with pytest.raises(UserError, match=r"max_bad_fraction=0.0: 1 of 2 records are bad"):
+        records[3]
+
+
 def test_the_fraction_is_of_what_has_been_read():
     length = 4000
     records = faulty(range(99, length, 100), length)  # one in a hundred, which is allowed
