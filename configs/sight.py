@@ -28,7 +28,7 @@ STAGES = {
     "compare": (("scenes:compare",), (1.0,), 144, 2, 32, 1200),
     "chart_captions": (("charts:caption",), (1.0,), 64, 1, 32, 1500),
     "charts": (("charts:question",), (1.0,), 80, 1, 32, 1500),
-    "clips": (("clips:describe",), (1.0,), 128, 4, 16, 1500),
+    "clips": (("clips:describe",), (1.0,), 144, 4, 16, 2000),
 }
 STARTS = {
     "captions": "text",
@@ -36,7 +36,7 @@ STARTS = {
     "compare": "questions",
     "chart_captions": "text",
     "charts": "chart_captions",
-    "clips": "captions",
+    "clips": "compare",
 }
 
 

@@ -5,8 +5,9 @@ a world without borders: what leaves at one side comes in at the other, so where
 goes. For order, each shape is there or not, and is where it is, as likely before its event as after it. Splits are
 therefore by the kinds of shape in a clip, never by what happens to them.
 
-A reply says frame by frame where each shape is, along its way, and then what happened: "a red circle: left, left,
-middle, right. Answer: a red circle moves right". Without these steps a small model sees the way and not the direction.
+A reply says frame by frame where each shape is, along its way, and then what happened: "a red circle: 1 left, 2 left,
+3 middle, 4 right. Answer: a red circle moves right". Without these steps a small model sees the way and not the
+direction, and without the numbers it mistakes one frame for another.
 
 Legend: F frames; S side of a picture in pixels.
 """
@@ -104,7 +105,8 @@ def _track(actor: Actor) -> str:
         words = [ALONG[actor.event][int(centre[axis] * 3)] for centre in places if centre is not None]
     else:
         words = ["gone" if centre is None else "there" for centre in places]
-    return f"{drawing.named(actor.colour, actor.shape)}: {', '.join(words)}"
+    steps = (f"{number} {word}" for number, word in enumerate(words, 1))
+    return f"{drawing.named(actor.colour, actor.shape)}: {', '.join(steps)}"
 
 
 def place(actor: Actor, frame: int) -> tuple[float, float] | None:
