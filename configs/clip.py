@@ -21,17 +21,18 @@ CLIP = {
     "l14-336": (336, 14, 24, 1024, 16, 768, 12, 768),
 }
 SMALL = ("scenes", "scenes-siglip")
+SIZES = (*SMALL, *CLIP)
 
 
 def get_config(size: str = "scenes") -> Experiment:
-    """The experiment of one of CLIP or SMALL."""
+    """The experiment of one of SIZES."""
     if size in SMALL:
         return _small(size)
-    if size not in CLIP:
-        raise UserError(f"configs/clip.py:{size}: valid: {', '.join((*SMALL, *CLIP))}")
+    if size not in SIZES:
+        raise UserError(f"configs/clip.py:{size}: valid: {', '.join(SIZES)}")
     image_size, patch_size, layers, width, heads, text_width, text_heads, projection_dim = CLIP[size]
     return Experiment(
-        name="clip",
+        name=f"clip_{size}",
         model=ModelConfig(
             vocab_size=49_408,
             layers=12,
@@ -72,7 +73,7 @@ def get_config(size: str = "scenes") -> Experiment:
 def _small(size: str) -> Experiment:
     sigmoid = size == "scenes-siglip"
     return Experiment(
-        name="clip",
+        name=f"clip_{size}",
         model=ModelConfig(
             vocab_size=512,
             layers=3,

@@ -130,6 +130,13 @@ def main() -> int:
                 page = sight_report.page(experiment.name, report["answers"], said, 10)
                 pathlib.Path(entry.FLAGS.page).write_text(page, encoding="utf-8")
                 print(f"ten of them, with their pictures: {entry.FLAGS.page}")
+        if name == "contrastive":
+            from train import retrieval
+
+            report["retrieval"] = retrieval.figures(trained, entry.FLAGS.batches * data.batch_size)
+            for source, of_source in report["retrieval"].items():
+                recalls = "  ".join(f"{key} {value:.1%}" for key, value in of_source.items() if key != "count")
+                print(f"{source}, {of_source['count']} pairs of different texts: {recalls}")
         if entry.FLAGS.json:
             pathlib.Path(entry.FLAGS.json).write_text(json.dumps(report, indent=1))
         return 0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
 
 import jax
 import numpy as np
@@ -11,8 +12,17 @@ from model.attention import Place
 from model.config import ModelConfig
 from model.kinds import build
 from model.transformer import Weights, bind
-from train.data.conversations import text_row
+from train.data.conversation import Conversation
+from train.data.conversations import good, last_answer, open_source, text_row
+from train.data.image_inputs import look
 from train.data.tokenizer import Tokenizer
+
+if TYPE_CHECKING:
+    from train.restore import Trained
+
+
+LIMIT = 1000  # pairs, among which each image and text is looked for
+ROWS = 100  # images at a time
 
 
 def embedders(
@@ -34,6 +44,36 @@ def embedders(
         return np.asarray(read(weights, tokens, Place(segments, positions)))
 
     return of_images, of_texts
+
+
+def figures(trained: Trained, limit: int) -> dict[str, dict[str, float]]:
+    """Of every source with a held-out side: recall at 1 and 5 from images to texts and back, and among how many.
+
+    limit: the first so many pairs whose texts differ; 0: LIMIT. Bad records are read over.
+    """
+    data, model = trained.experiment.data, trained.experiment.model
+    see, read = embedders(model, trained.weights, trained.tokenizer, data.context)
+    found = {}
+
+    def pair(conversation: Conversation) -> tuple[str, np.ndarray]:
+        return last_answer(conversation), look(conversation, data, model).fields["images"][0]
+
+    for name in data.sources:
+        side, pairs = open_source(name, data, model.vision.image_size).held_out, {}
+        records = good(side, data, pair)
+        for index in range(side.length):
+            text, image = records[index]
+            pairs.setdefault(text, image)
+            if len(pairs) == (limit or LIMIT):
+                break
+        if len(pairs) < 2:
+            continue
+        texts, pictures = read(list(pairs)), np.stack(list(pairs.values()))
+        images = np.concatenate([see(pictures[start : start + ROWS]) for start in range(0, len(pictures), ROWS)])
+        both = {"image to text": (images, texts), "text to image": (texts, images)}
+        recalls = {f"{way}, recall@{k}": recall_at(k, *of) for way, of in both.items() for k in (1, 5)}
+        found[name] = {"count": len(pairs), **recalls}
+    return found
 
 
 def recall_at(k: int, queries: np.ndarray, found: np.ndarray) -> float:

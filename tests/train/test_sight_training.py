@@ -17,6 +17,7 @@ from PIL import Image
 
 from model.config import ModelConfig
 from model.vision_config import VisionConfig
+from serve.classify import probabilities
 from tpu.errors import UserError
 from train import answers
 from train.adapter_base import open_base
@@ -27,6 +28,7 @@ from train.finetune import on_base
 from train.pretrain import pretrain
 from train.restore import open_checkpoint
 from train.retrieval import class_vectors, embedders, recall_at, zero_shot
+from train.retrieval import figures as retrieval_figures
 from train.sight_report import figures, page
 from train.signals import Stop
 from train.step import frozen_mask
@@ -315,6 +317,51 @@ def test_contrastive_training_and_retrieval(tmp_path):
     classes = class_vectors(read, ["circle", "star"], ["a {}", "a picture of a {}"])
     mean = (read(["a circle", "a star"]) + read(["a picture of a circle", "a picture of a star"])) / 2
     np.testing.assert_allclose(classes, mean / np.linalg.norm(mean, axis=1, keepdims=True), rtol=0, atol=1e-6)
+    (found,) = retrieval_figures(run, 6).values()
+    assert found["count"] == 6
+    assert all(
+        found[f"{way}, recall@{k}"] == recall_at(k, *of)
+        for way, of, k in (("image to text", (images, texts), 1), ("text to image", (texts, images), 5))
+    )
+    path = tmp_path / "picture.png"
+    Image.fromarray(records[0].images[0]).save(path)
+    (of_image,) = probabilities(run, [str(path)], ["circle", "star"], ["a {}", "a picture of a {}"])
+    logits = np.exp(run.weights["logit_scale"]) * (images[:1] @ classes.T)[0]
+    wanted = np.exp(logits - logits.max()) / np.exp(logits - logits.max()).sum()
+    np.testing.assert_allclose([of_image["circle"], of_image["star"]], wanted, rtol=0, atol=1e-5)
+    done = command(
+        "serve.classify",
+        f"--checkpoint={tmp_path / 'run'}",
+        f"--image={path}",
+        "--label=a star",
+        "--label=a circle",
+        f"--json={tmp_path / 'found.json'}",
+    )
+    assert done.returncode == 0, done.stderr
+    (shares,) = json.loads((tmp_path / "found.json").read_text()).values()
+    assert sum(shares.values()) == pytest.approx(1, abs=1e-5)
+    first, second = sorted(shares, key=shares.get, reverse=True)
+    assert [line.split("%  ")[1] for line in done.stdout.splitlines()[1:]] == [first, second]
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["--image=a.png", "--label=a", "--label=a"], "label=a, a: give two classes or more"),
+        (["--label=a", "--label=b"], "image: missing"),
+        (["--image=a.png", "--label=a", "--label=b", "--template=a"], "template='a': must hold {} once"),
+    ],
+)
+def test_classes_that_cannot_be_told_apart_are_refused(flags, words):
+    done = command("serve.classify", "--checkpoint=somewhere", *flags)
+    assert done.returncode == 2
+    assert words in done.stderr
+    assert done.stderr.count("\n") == 1
+
+
+def test_a_model_that_talks_compares_nothing(merge):
+    with pytest.raises(UserError, match="model.fusion='merge': .* compares no pictures with texts"):
+        probabilities(open_checkpoint(merge), ["a.png"], ["a", "b"], ["{}"])
 
 
 def test_zero_shot_is_the_most_alike_class():
