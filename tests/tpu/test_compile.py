@@ -257,6 +257,25 @@ def test_every_chip_compiles(config, topology):
 
 @needs_libtpu
 @pytest.mark.slow
+@pytest.mark.parametrize("fusion", ["merge", "cross", "co", "tangled"])
+def test_a_step_with_images_compiles(tmp_path, fusion):
+    """The vision tower and the decoder in one step; several heads and rows long enough for the attention kernel."""
+    shape = ("--config.data.context=256", "--config.data.batch_size=8", "--config.model.embed_dim=256")
+    layout = ("--topology=v5e:2x2", "--config.mesh.fsdp=4", "--config.mesh.data=1")
+    path = tmp_path / "found.json"
+    done = run(f"--config=configs/sight.py:{fusion},questions", *shape, *layout, f"--json={path}")
+    assert done.returncode == 0, done.stderr
+    found = json.loads(path.read_text())
+    assert found["fits"]
+    text = run(f"--config=configs/sight.py:{fusion},text", *shape, *layout, f"--json={path}")
+    assert text.returncode == 0, text.stderr
+    alone = json.loads(path.read_text())
+    assert found["matmul_flops_per_chip"] > 1.05 * alone["matmul_flops_per_chip"]
+    assert found["bytes_per_chip"]["weights"] > alone["bytes_per_chip"]["weights"]
+
+
+@needs_libtpu
+@pytest.mark.slow
 def test_decode_reads_weights_and_cache(config):
     found, _ = reported(config, 0, "--topology=v5e:2x2", "--decode", "--rows=8", "--context=512")
     memory = found["bytes_per_chip"]

@@ -360,7 +360,7 @@ def test_classes_that_cannot_be_told_apart_are_refused(flags, words):
 
 
 def test_a_model_that_talks_compares_nothing(merge):
-    with pytest.raises(UserError, match="model.fusion='merge': .* compares no pictures with texts"):
+    with pytest.raises(UserError, match=r"model.fusion='merge': .* compares no pictures with texts"):
         probabilities(open_checkpoint(merge), ["a.png"], ["a", "b"], ["{}"])
 
 
