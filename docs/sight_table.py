@@ -105,10 +105,14 @@ def charts(workdir: pathlib.Path, seed: int) -> dict[str, float]:
     asked, ask = answered(trained(workdir, seed, "merge", "charts"), "charts:question")
     said = ask(asked)
     empty = [record._replace(images=tuple(np.full_like(image, 255) for image in record.images)) for record in asked]
-    whole = np.mean([reply.strip() == record.turns[-1].text for reply, record in zip(said, asked, strict=True)])
     found, without = answers.accuracies(asked, said), answers.accuracies(asked, ask(empty))
     guessed = blind("charts:question", asked)["all"]
-    return {"score": found["all"], "control": without["all"], "blind": guessed, "whole rationale": float(whole)}
+    return {
+        "score": found["all"],
+        "control": without["all"],
+        "blind": guessed,
+        "whole rationale": answers.whole(asked, said)["all"],
+    }
 
 
 def compare(workdir: pathlib.Path, seed: int) -> dict[str, float]:

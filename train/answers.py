@@ -113,12 +113,22 @@ def truth(conversation: Conversation) -> str:
 
 def accuracies(conversations: Sequence[Conversation], replies: Sequence[str]) -> dict[str, float]:
     """The share of right answers of each kind of question, and "all"."""
-    right: dict[str, list[bool]] = defaultdict(list)
-    for conversation, reply in zip(conversations, replies, strict=True):
-        is_right = answer(reply) == truth(conversation)
-        right["all"].append(is_right)
-        right[conversation.kind].append(is_right)
-    return {kind: float(np.mean(found)) for kind, found in sorted(right.items()) if kind}
+    right = [answer(reply) == truth(of) for of, reply in zip(conversations, replies, strict=True)]
+    return _shares(conversations, right)
+
+
+def whole(conversations: Sequence[Conversation], replies: Sequence[str]) -> dict[str, float]:
+    """The share of replies that are right word for word, with the steps before the answer: as `accuracies`."""
+    right = [reply.strip() == of.turns[-1].text.strip() for of, reply in zip(conversations, replies, strict=True)]
+    return _shares(conversations, right)
+
+
+def _shares(conversations: Sequence[Conversation], right: Sequence[bool]) -> dict[str, float]:
+    by_kind: dict[str, list[bool]] = defaultdict(list)
+    for conversation, is_right in zip(conversations, right, strict=True):
+        by_kind["all"].append(is_right)
+        by_kind[conversation.kind].append(is_right)
+    return {kind: float(np.mean(found)) for kind, found in sorted(by_kind.items()) if kind}
 
 
 def shuffled(conversations: Sequence[Conversation], seed: int = 0) -> list[Conversation]:

@@ -24,8 +24,9 @@ KNOWN = 4000  # training records from which the best guess without looking is le
 def figures(trained: Trained, limit: int) -> tuple[dict[str, dict[str, Any]], list[tuple[Conversation, str]]]:
     """Accuracies of each source of data.sources with a held-out side, by kind of question; and the answers.
 
-    Each source has `answers`, `shuffled` (the same model, the images of other questions) and `blind` (the most frequent
-    answer to the question), each a dictionary from kind to a share, and `count`. limit: questions of a source; 0: all.
+    Each source has `answers`, `whole` (with every word before the answer right too), `shuffled` (the same model, the
+    images of other questions) and `blind` (the most frequent answer to the question), each a dictionary from kind to a
+    share, and `count`. limit: questions of a source; 0: all.
     """
     data, model = trained.experiment.data, trained.experiment.model
     ask = answers.replier(model, trained.weights, trained.tokenizer, data, data.context, min(64, limit or 64))
@@ -48,6 +49,7 @@ def figures(trained: Trained, limit: int) -> tuple[dict[str, dict[str, Any]], li
         found[name] = {
             "count": count,
             "answers": answers.accuracies(asked, replies),
+            "whole": answers.whole(asked, replies),
             "shuffled": answers.accuracies(asked, ask(answers.shuffled(asked))),
             "blind": answers.accuracies(asked, answers.blind_guesses(known, asked)),
         }
@@ -64,11 +66,12 @@ def _up_to_answer(conversation: Conversation) -> Conversation:
 
 def lines(found: dict[str, dict[str, Any]]) -> list[str]:
     """The figures as lines for a terminal."""
-    rows = [f"{'source':18}{'kind':14}{'right':>8}{'shuffled images':>18}{'best blind guess':>18}"]
+    rows = [f"{'source':18}{'kind':14}{'right':>8}{'whole reply':>13}{'shuffled images':>18}{'best blind guess':>18}"]
     for name, of in found.items():
         for kind, share in of["answers"].items():
             others = (of[control].get(kind, 0.0) for control in ("shuffled", "blind"))
-            rows.append(f"{name:18}{kind:14}{share:8.1%}" + "".join(f"{other:18.1%}" for other in others))
+            shares = f"{share:8.1%}{of['whole'][kind]:13.1%}"
+            rows.append(f"{name:18}{kind:14}{shares}" + "".join(f"{other:18.1%}" for other in others))
     return rows
 
 

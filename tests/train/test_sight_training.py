@@ -273,6 +273,11 @@ def test_scores_and_controls():
     right = [conversation.turns[-1].text for conversation in asked]
     assert set(answers.accuracies(asked, right).values()) == {1.0}
     assert answers.accuracies(asked, ["no idea"] * 60)["all"] == 0.0
+    assert set(answers.whole(asked, right).values()) == {1.0}
+    careless = [reply.rpartition("Answer: ")[2] for reply in right]  # right, without steps
+    assert answers.accuracies(asked, careless)["all"] == 1.0
+    found = answers.whole(asked, careless)
+    assert (found["colour"], found["count"]) == (1.0, 0.0)
     mixed = answers.shuffled(asked)
     assert [c.turns for c in mixed] == [c.turns for c in asked]
     assert not any(np.array_equal(a.images[0], b.images[0]) for a, b in zip(mixed, asked, strict=True))
