@@ -6,14 +6,18 @@ import importlib.util
 import inspect
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
 
+import jax
 import pytest
 
+from model.kinds import build
 from tpu.errors import UserError
 from train.config import Experiment
+from train.step import frozen_mask
 from train.summary import summarize
 from train.tree import differences, from_dict, to_dict
 
@@ -160,3 +164,20 @@ def test_those_that_see(name, argument):
     found = experiment(name, argument)
     assert from_dict(Experiment, json.loads(json.dumps(to_dict(found)))) == found
     assert summarize(found)["parameters"]["total"] > 0
+
+
+def test_the_quickstart_of_sight_freezes_the_text_while_it_aligns():
+    def paths(stage: str) -> dict[str, bool]:
+        found = experiment("sight_quickstart", stage)
+        weights = build(found.model.placed("cpu", "float32"))[1]
+        frozen = frozen_mask(weights, found.optimizer.frozen)
+        return {
+            jax.tree_util.keystr(path, simple=True, separator="."): is_frozen
+            for path, is_frozen in jax.tree_util.tree_leaves_with_path(frozen)
+        }
+
+    of_text, aligned = paths("text"), paths("align")
+    assert {path for path, is_frozen in aligned.items() if is_frozen} == of_text.keys()
+    assert not any(is_frozen for stage in ("text", "captions", "questions") for is_frozen in paths(stage).values())
+    trained = re.findall(r"\(TRAIN_SIGHT\):(\w+)", (ROOT / "Makefile").read_text())
+    assert trained == list(load("sight_quickstart").STAGES)
