@@ -22,8 +22,7 @@ import numpy as np
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 BEGIN, END = "<!-- table: docs/sight_table.py -->", "<!-- end of table -->"
-ASKED = 512  # held-out records of a task
-ASKED_OF_SCENES = 2048  # where two shares of right answers are compared: a standard error of one point
+ASKED = 2048  # held-out records of a task: shares have a standard error of one point at most
 # Co- and tangled attention learn captions later; of their questions, only those of colours have a score to reach.
 STEPS = {"captions": 2400, "questions": 800}
 
@@ -61,7 +60,7 @@ def train(run: pathlib.Path, flags: list[str]) -> pathlib.Path:
     return run
 
 
-def answered(run: pathlib.Path, source: str, count: int = ASKED) -> tuple[list[Any], Callable[[list[Any]], list[str]]]:
+def answered(run: pathlib.Path, source: str) -> tuple[list[Any], Callable[[list[Any]], list[str]]]:
     """Held-out records of a source, and what asks the model of a run."""
     from train import answers
     from train.data import made
@@ -70,7 +69,7 @@ def answered(run: pathlib.Path, source: str, count: int = ASKED) -> tuple[list[A
     opened = open_checkpoint(run)
     data, model = opened.experiment.data, opened.experiment.model
     ask = answers.replier(model, opened.weights, opened.tokenizer, data, max_tokens=data.context)
-    return [made.make(source, 0, "test", index) for index in range(count)], ask
+    return [made.make(source, 0, "test", index) for index in range(ASKED)], ask
 
 
 def blind(source: str, asked: list[Any]) -> dict[str, float]:
@@ -88,7 +87,7 @@ def questions(fusion: str, kind: str) -> Callable[[pathlib.Path, int], dict[str,
     def measure(workdir: pathlib.Path, seed: int) -> dict[str, float]:
         from train import answers
 
-        asked, ask = answered(trained(workdir, seed, fusion, "questions"), "scenes:question", ASKED_OF_SCENES)
+        asked, ask = answered(trained(workdir, seed, fusion, "questions"), "scenes:question")
         found = answers.accuracies(asked, ask(asked))
         shuffled = answers.accuracies(asked, ask(answers.shuffled(asked)))
         by_kind = {f"right {name}": share for name, share in found.items()}
