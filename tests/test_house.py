@@ -123,7 +123,7 @@ def test_no_circles():
 
 
 def test_the_readings_above_find_what_they_look_for():
-    assert Import("train.config", "train.objectives", "start") in imports("configs.gpt2")
+    assert Import("train.config", "start") in imports("configs.gpt2")
     assert Import("train.summary", "later") in imports("train.pretrain")
     assert Import("train.workdir", "types") in imports("train.pretrain")
     assert Import("model.cache", "start") in imports("model.block")
@@ -142,10 +142,7 @@ def at_start(module: str) -> set[str]:
 
 
 @pytest.mark.parametrize(
-    "module",
-    [m for m in modules() if m.startswith(("train.data", "configs"))]
-    + entry_points()
-    + ["train.config", "train.objectives"],
+    "module", [m for m in modules() if m.startswith(("train.data", "configs"))] + entry_points() + ["train.config"]
 )
 def test_starts_without_jax(module):
     assert not at_start(module) & {"jax", "flax", "optax", "orbax", "grain", "tensorflow_datasets", "torch"}
