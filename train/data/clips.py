@@ -7,7 +7,8 @@ therefore by the kinds of shape in a clip, never by what happens to them.
 
 A reply says frame by frame where each shape is, along its way, and then what happened: "a red circle: 1 left, 2 left,
 3 middle, 4 right. Answer: a red circle moves right". Without these steps a small model sees the way and not the
-direction, and without the numbers it mistakes one frame for another.
+direction, and without the numbers it mistakes one frame for another. Of two shapes the upper one comes first there:
+whose event is first can be told from what has been said of both.
 
 Legend: F frames; S side of a picture in pixels.
 """
@@ -93,8 +94,9 @@ def description(clip: Clip) -> str:
 
 
 def reply(clip: Clip) -> str:
-    """Where every actor is, frame by frame, and the description."""
-    return f"{'; '.join(map(_track, clip.actors))}. Answer: {description(clip)}"
+    """Where every actor is, frame by frame, the upper one first, and the description."""
+    tracks = map(_track, sorted(clip.actors, key=lambda actor: actor.centre[1]))
+    return f"{'; '.join(tracks)}. Answer: {description(clip)}"
 
 
 def _track(actor: Actor) -> str:

@@ -62,7 +62,7 @@ def test_descriptions_say_what_happens(split):
         parts = [re.fullmatch(r"an? (\w+) (\w+) (.+)", part).groups() for part in described.split(", then ")]
         steps = r"an? (\w+) (\w+): 1 (\w+), 2 (\w+), 3 (\w+), 4 (\w+)"
         tracks = [re.fullmatch(steps, track).groups() for track in tracks.split("; ")]
-        assert [track[:2] for track in tracks] == [part[:2] for part in parts]
+        assert sorted(track[:2] for track in tracks) == sorted(part[:2] for part in parts)
         assert len(parts) == {"direction": 1, "order": 2}[record.kind]
         kinds.add(record.kind)
         upper = clips.clip(2, split, index).actors[0].centre[1] < 0.5
@@ -76,7 +76,7 @@ def test_descriptions_say_what_happens(split):
             found, start = happens(images, colour)
             assert found == event
             starts.append(start)
-            words = tracks[number][2:]
+            words = tracks[upper != (number == 0) if len(parts) == 2 else 0][2:]  # the upper one's are first
             assert all(itertools.starmap(is_at, zip(words, images, [colour] * 4, strict=True)))
             assert len(set(words)) > 1  # so that the steps say which way
         assert starts == sorted(set(starts))
