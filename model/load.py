@@ -49,12 +49,13 @@ def assemble(target: jax.ShapeDtypeStruct, lead: int, read: Read) -> jax.Array:
         index = tuple(slice(*s.indices(size)[:2]) for s, size in zip(index, target.shape, strict=True))
         onto = jax.sharding.SingleDeviceSharding(device)
         if not lead:
-            parts.append(jax.device_put(read((), index), onto).astype(target.dtype))
+            parts.append(jax.block_until_ready(jax.device_put(read((), index), onto).astype(target.dtype)))
             continue
         part = jnp.zeros([s.stop - s.start for s in index], target.dtype, device=onto)
         for where in itertools.product(*(range(s.start, s.stop) for s in index[:lead])):
             offset = tuple(at - s.start for at, s in zip(where, index[:lead], strict=True))
-            part = _put(part, jax.device_put(read(where, index[lead:]), onto), offset)
+            # The host would otherwise read on, and hold what has not yet arrived.
+            part = jax.block_until_ready(_put(part, jax.device_put(read(where, index[lead:]), onto), offset))
         parts.append(part)
     return jax.make_array_from_single_device_arrays(target.shape, target.sharding, parts)
 
