@@ -3,8 +3,9 @@
     python docs/image_cost.py [--rounds=2]
 
 The same text model (4 layers, width 256) with and without an image encoder (4 layers, width 256, 64 patches, 16
-vectors), AdamW, in one jitted training step, timed by train.benchmark in processes that take turns. A batch with images has
-more FLOPs, so what is compared is seconds per FLOP: 1.10 means that its FLOPs take a tenth longer than a text's.
+vectors) in one jitted training step of AdamW, timed by train.benchmark in processes that take turns. A batch with
+images has more FLOPs, so what is compared is seconds per FLOP: 1.10 means that its FLOPs take a tenth longer than a
+text's.
 """
 
 from __future__ import annotations
