@@ -12,9 +12,10 @@ import jax.numpy as jnp
 from flax import nnx
 
 from model.attention import Place
-from model.block import LayerInputs, residual
+from model.block import residual
 from model.config import ModelConfig
 from model.dropout import dropout, fold_in
+from model.layer_inputs import LayerInputs
 from model.linear import Linear, parameter, zeros
 from model.mlp import ACTIVATIONS
 from model.norms import Norm

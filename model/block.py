@@ -5,7 +5,7 @@ Legend: B batch, T tokens, D embed_dim, H heads, G kv_heads, K head_dim.
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -17,9 +17,10 @@ from model.attention import Place, attend, visible
 from model.block_sparse_attention import SparsePattern
 from model.bottleneck import Bottleneck
 from model.config import ModelConfig
-from model.cross_attention import CrossAttention, Source
+from model.cross_attention import CrossAttention
 from model.dropout import dropout, fold_in
 from model.knn_attention import KNNAttention
+from model.layer_inputs import LayerInputs
 from model.linear import Linear, parameter, together, zeros
 from model.linear_attention import LinearAttention
 from model.memory import Hidden
@@ -29,22 +30,6 @@ from model.norms import Norm
 from model.prefix import Prefix
 from model.rope import rotate
 from tpu.rules import constrain
-
-
-class LayerInputs(NamedTuple):
-    """What every layer of a stack is given beside its hidden states.
-
-    place: of the T tokens. slots: of the keys (with a cache, those of it) where they stand elsewhere, else None.
-    rotation: `model.rope.rotations` of the positions, or None.
-    bias: `model.relative_positions.RelativeBias` of queries and keys, or None.
-    source: what cross-attention looks at, or None.
-    """
-
-    place: Place
-    slots: Place | None = None
-    rotation: Any = None
-    bias: Any = None
-    source: Source | None = None
 
 
 class SelfAttention(nnx.Module):

@@ -16,9 +16,10 @@ import jax.numpy as jnp
 from flax import nnx
 
 from model.attention import Place
-from model.block import LayerInputs, residual
+from model.block import residual
 from model.config import ModelConfig
 from model.connector import encoder_width
+from model.layer_inputs import LayerInputs
 from model.linear import Linear, exact_matmul, parameter
 from model.norms import Norm
 from model.positions import sinusoidal

@@ -17,11 +17,12 @@ import jax.numpy as jnp
 from flax import nnx
 
 from model.attention import Place
-from model.block import LayerInputs, residual
+from model.block import residual
 from model.cache import Cache, write_slots
 from model.config import ModelConfig
 from model.cross_attention import Source
 from model.dropout import dropout, fold_in
+from model.layer_inputs import LayerInputs
 from model.norms import Norm
 from model.positions import sinusoidal
 from model.relative_positions import RelativeBias

@@ -15,7 +15,7 @@ Legend: B batch, T tokens, D embed_dim, H heads, G kv_heads, R = H / G, N rememb
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -26,13 +26,11 @@ from model import alibi as linear_bias
 from model import cache as kv_cache
 from model.attention import Place, attend, visible
 from model.config import ModelConfig
+from model.layer_inputs import LayerInputs
 from model.linear import Linear, parameter, together
 from model.memory import Pairs
 from model.rope import rotate
 from tpu.rules import constrain
-
-if TYPE_CHECKING:
-    from model.block import LayerInputs
 
 SCALE = 10.0  # of scores, before anything is learned
 

@@ -15,7 +15,7 @@ Legend: B batch, T tokens, C tokens of a chunk, D embed_dim, G kv_heads, R = H /
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -24,13 +24,11 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
 from model.config import ModelConfig
+from model.layer_inputs import LayerInputs
 from model.linear import Linear, together
 from model.norms import Norm
 from model.rope import rotate
 from tpu.rules import constrain
-
-if TYPE_CHECKING:
-    from model.block import LayerInputs
 
 CHUNK = 64
 

@@ -16,10 +16,11 @@ from typing import Any
 import jax
 from flax import nnx
 
-from model.block import Block, LayerInputs, residual
+from model.block import Block, residual
 from model.config import ModelConfig
 from model.dropout import fold_in
 from model.gated_cross_attention import GatedCrossAttention
+from model.layer_inputs import LayerInputs
 from model.linear import parameter, zeros
 from model.lora import applied, draw_a, factors
 from model.moe import Routing

@@ -17,13 +17,14 @@ from flax import nnx
 
 from model import tangled_attention
 from model.attention import Place
-from model.block import Block, LayerInputs
+from model.block import Block
 from model.cache import parts
 from model.co_attention import CoConnection
 from model.config import ModelConfig
 from model.connector import source_width
 from model.cross_attention import Source
 from model.dropout import fold_in
+from model.layer_inputs import LayerInputs
 from model.linear import Linear
 from model.norms import Norm
 from model.stack import Stack

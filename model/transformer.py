@@ -20,11 +20,12 @@ from flax import nnx
 from jax.sharding import PartitionSpec
 
 from model.attention import Place
-from model.block import LayerInputs, residual
+from model.block import residual
 from model.cache import Cache, write_slots
 from model.config import ModelConfig
 from model.cross_attention import Source
 from model.dropout import dropout, fold_in
+from model.layer_inputs import LayerInputs
 from model.linear import Linear, initializer, matmul, parameter
 from model.memory import Memory, recall, remember
 from model.moe import Routing

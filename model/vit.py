@@ -18,9 +18,9 @@ import numpy as np
 from flax import nnx
 
 from model.attention import Place
-from model.block import LayerInputs
 from model.config import ModelConfig
 from model.interpolation import interpolated
+from model.layer_inputs import LayerInputs
 from model.linear import Linear, parameter
 from model.norms import Norm
 from model.rope import plain_frequencies, rotation
