@@ -7,10 +7,12 @@
         --config.run.start="('runs/s/captions',)"
     python -m train.evaluate --checkpoint=runs/s/questions --page=answers.html
 
-The first argument is the fusion: merge, cross, co or tangled. The second is the stage; STARTS says from which other it
+The first argument is the fusion: merge, cross, co or tangled. The second is the stage; `start` says from which other it
 goes on, because training on questions from the start stalls; the text learns to say and to reason about what it will
-see. Pictures are made as they are needed (train.data.made).
-`python docs/sight_table.py` trains and measures all of them; docs/sight.md says what has been reached.
+see. co and tangled go on from the text and the image encoder that cross has trained on captions, and the encoder stays
+as it is: ViLBERT and ActBERT, too, look through a detector that was trained before. Pictures are made as they are
+needed (train.data.made). `python docs/sight_table.py` trains and measures all of them; docs/sight.md says what has been
+reached.
 """
 
 from model.config import ModelConfig
@@ -18,7 +20,8 @@ from model.vision_config import VisionConfig
 from tpu.errors import UserError
 from train.config import DataConfig, Experiment, ObjectiveConfig, OptimizerConfig, RunConfig
 
-FUSIONS = ("merge", "cross", "co", "tangled")
+STREAMS = ("co", "tangled")
+FUSIONS = ("merge", "cross", *STREAMS)
 TEXTS = ("scenes:caption", "scenes:question", "scenes:compare", "charts:caption", "charts:question", "clips:describe")
 # Sources and their shares of rows, tokens of a row, images of a row, rows, steps
 STAGES = {
@@ -38,6 +41,13 @@ STARTS = {
     "charts": "chart_captions",
     "clips": "compare",
 }
+
+
+def start(fusion: str, stage: str) -> tuple[str, str] | None:
+    """The fusion and the stage whose weights a stage starts with; None for the text, which starts from nothing."""
+    if stage == "captions" and fusion in STREAMS:
+        return "cross", stage
+    return (fusion, STARTS[stage]) if stage in STARTS else None
 
 
 def get_config(argument: str = "merge,questions") -> Experiment:
@@ -73,7 +83,13 @@ def get_config(argument: str = "merge,questions") -> Experiment:
             images=images,
         ),
         objective=ObjectiveConfig(name="next_token" if text else "conversation"),
-        optimizer=OptimizerConfig(name="muon", learning_rate=1e-2, warmup_steps=20, final_fraction=0.02),
+        optimizer=OptimizerConfig(
+            name="muon",
+            learning_rate=1e-2,
+            warmup_steps=20,
+            final_fraction=0.02,
+            frozen=(r"^vision\b",) if fusion in STREAMS and not text else (),
+        ),
         run=RunConfig(steps=steps, eval_every=500, eval_batches=4, save_every=0, log_every=100),
     )
 
@@ -89,7 +105,9 @@ def _vision(fusion: str) -> VisionConfig:
         init="fan_in",
         connector="pixel_shuffle",
         image_positions=0 if fusion == "merge" else 4,
-        qk_norm=fusion in ("cross", "co"),
+        qk_norm=fusion != "merge",
         connections=3,
         connection_heads=4,
+        actions=16,  # One alone is all that a token finds of an image, whatever it looks for; 16 vectors have 16.
+        tangled="paper",
     )

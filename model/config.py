@@ -318,6 +318,11 @@ class ModelConfig:
                     f"model.vision.connection_heads={self.vision.connection_heads}: does not divide "
                     f"model.vision.connection_dim={self.vision.connection_dim}"
                 )
+            if self.fusion == "tangled" and self.vision.vectors % self.vision.actions:
+                raise UserError(
+                    f"model.vision.actions={self.vision.actions}: does not divide the {self.vision.vectors} vectors of "
+                    f"an image"
+                )
             if len(self.pattern) * self.vision.connections > self.layers or self.share_layers != "none":
                 raise UserError(
                     f"model.vision.connections={self.vision.connections}: needs as many repetitions of "

@@ -37,7 +37,7 @@ class Streams(nnx.Module):
 
     def __init__(self, config: ModelConfig, rngs: nnx.Rngs):
         self.parts, width = tuple(parts(config)), source_width(config)
-        self.tangled = config.fusion == "tangled"
+        self.tangled, self.actions = config.fusion == "tangled", config.vision.actions
         # A vector sees its own image and those before: causal, by the number of the image, which several vectors share;
         # the kernels of accelerators take positions to rise by one.
         tower = dataclasses.replace(
@@ -105,8 +105,8 @@ class Streams(nnx.Module):
         return h, None if cached is None else {"parts": new_parts, "streams": new_held}, joined
 
     def _begin(self, source: Source, images: int) -> tangled_attention.Streams:
-        """The streams beside the text: an image's action starts as the mean of its vectors."""
-        vectors, place = source.hidden, source.place
-        mean = vectors.reshape(len(vectors), images, -1, vectors.shape[-1]).mean(2)
-        each = Place(*(a.reshape(len(a), images, -1)[:, :, 0] for a in place[:2]))
+        """The streams beside the text: an image's actions start as means of its vectors, as many of them for each."""
+        vectors, place, actions = source.hidden, source.place, images * self.actions
+        mean = vectors.reshape(len(vectors), actions, -1, vectors.shape[-1]).mean(2)
+        each = Place(*(a.reshape(len(a), actions, -1)[:, :, 0] for a in place[:2]))
         return tangled_attention.Streams(vectors, place, self.action_norm(self.action(mean)), each)

@@ -6,9 +6,11 @@ regions those of the text, c_w of the text those of the regions. Each stream the
     code   (as published: added)       K_w + up(W1 c_r), V_w + up(W2 c_r);   K_r + up(W3 c_w), V_r + up(W4 c_w)
     paper  (equations 5 and 6: stacked) [K_w; W1 c_r], [V_w; W2 c_r];        [K_r; W3 c_w], [V_r; W4 c_w]
 
-Here a region is an image vector and an action one vector of a whole image or frame. `up` gives each region its own
-image's action and each token that of the last image before it, so that generated text can go on with it. Actions look
-at the text before the first answer alone (as in `model.co_attention`); images see those before them, not those after.
+Here a region is an image vector, and an action a vector of a whole image or frame, or of a part of one. `up` gives each
+region the mean of what its image's actions have, and each token that of the last image before it, so that generated
+text can go on with it; stacked, tokens see every action by itself. Actions look at the text before the first answer
+alone (as in `model.co_attention`); images see those before them, not those after. With vision.qk_norm a stream's own
+queries and keys are normalised, not what actions give to the keys.
 
 Legend: B batch, T tokens, S regions, N actions, H heads, K head_dim, D embed_dim, C width of the regions.
 """
@@ -27,6 +29,7 @@ from model.co_attention import Side, connection_config
 from model.config import ModelConfig
 from model.connector import source_width
 from model.linear import Linear, together
+from model.norms import Norm
 
 
 class Streams(NamedTuple):
@@ -54,12 +57,17 @@ class Projections(nnx.Module):
         for name in ("query", "key", "value"):
             setattr(self, name, Linear(config, embed, each, config.attention_bias, rngs))
         self.out = Linear(config, each, embed, config.attention_bias, rngs, residual=True)
+        normed = config.vision.qk_norm
+        norms = [Norm(config, config.head_dim, "norm", rngs, "rmsnorm") if normed else None for _ in range(2)]
+        self.query_norm, self.key_norm = norms
         self.scale = config.head_dim**-0.5
 
     def __call__(self, x: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
         """x [B, T, width] -> queries, scaled, keys, values [B, H, T, K]."""
-        q, k, v = (a.swapaxes(1, 2) for a in together(x, self.query, self.key, self.value))
-        return q * self.scale, k, v
+        q, k, v = together(x, self.query, self.key, self.value)
+        if self.query_norm is not None:
+            q, k = self.query_norm(q), self.key_norm(k)
+        return (q * self.scale).swapaxes(1, 2), k.swapaxes(1, 2), v.swapaxes(1, 2)
 
 
 class TangledConnection(nnx.Module):
@@ -141,10 +149,11 @@ class TangledConnection(nnx.Module):
 
     @staticmethod
     def _up(a: jax.Array, place: Place, onto: Place) -> jax.Array:
-        """a [B, H, N, K] of the actions at `place` -> [B, H, T, K]: for each of `onto` that of its image, or zero."""
+        """a [B, H, N, K] of the actions at `place` -> [B, H, T, K]: for each of `onto` its image's mean, or zero."""
         at = onto.positions[:, :, None] == place.positions[:, None, :]
         at &= (onto.segments[:, :, None] == place.segments[:, None, :]) & (onto.segments[:, :, None] > 0)
-        return jnp.einsum("btn,bhnk->bhtk", at.astype(a.dtype), a)
+        share = at / jnp.maximum(at.sum(-1, keepdims=True), 1)
+        return jnp.einsum("btn,bhnk->bhtk", share.astype(a.dtype), a)
 
     @staticmethod
     def _stack(

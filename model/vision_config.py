@@ -101,11 +101,12 @@ class VisionConfig:
     every: int = 1  # of cross: one of so many layers of the text has cross-attention before it
     offset: int = -1  # which of them; -1: the last
     sees: str = "all"  # of cross: which of the images before a token: all, or the last
-    qk_norm: bool = False  # of cross and co: RMSNorm of queries and keys
+    qk_norm: bool = False  # of cross, co and tangled: RMSNorm of queries and keys
     gate_per_channel: bool = False  # of cross: gates are vectors
     connections: int = 2  # of co and tangled: how many, before so many last layers of the text
     connection_heads: int = 8
     connection_dim: int = 0  # of co and tangled: width of all heads; 0: model.embed_dim
+    actions: int = 1  # of tangled: of an image; each begins as the mean of as many of its vectors
     tangled: str = "code"  # what ActBERT's text (paper) or published code (code) says
     similarity: str = "softmax"  # of contrastive: CLIP's loss, or sigmoid (SigLIP)
     projection_dim: int = 128  # of contrastive
@@ -145,6 +146,7 @@ class VisionConfig:
             "every",
             "connections",
             "connection_heads",
+            "actions",
             "projection_dim",
             "stem_width",
         ):

@@ -172,9 +172,9 @@ def _bare_vision(model: ModelConfig) -> dict[str, Any]:
         ("connector_layers", "connector_heads", "connector_head_dim"): connects and perceives,
         ("image_token", "mask"): fusion == "merge",
         ("every", "offset", "sees", "gate_per_channel"): fusion == "cross",
-        ("qk_norm",): fusion in ("cross", "co"),
+        ("qk_norm",): fusion in ("cross", "co", "tangled"),
         ("connections", "connection_heads", "connection_dim"): fusion in ("co", "tangled"),
-        ("tangled",): fusion == "tangled",
+        ("tangled", "actions"): fusion == "tangled",
         ("similarity", "projection_dim", "text_pool"): fusion == "contrastive",
     }
     sees = vision.encoder != "none"

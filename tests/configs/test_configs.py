@@ -166,18 +166,33 @@ def test_those_that_see(name, argument):
     assert summarize(found)["parameters"]["total"] > 0
 
 
-def test_the_quickstart_of_sight_freezes_the_text_while_it_aligns():
-    def paths(stage: str) -> dict[str, bool]:
-        found = experiment("sight_quickstart", stage)
-        weights = build(found.model.placed("cpu", "float32"))[1]
-        frozen = frozen_mask(weights, found.optimizer.frozen)
-        return {
-            jax.tree_util.keystr(path, simple=True, separator="."): is_frozen
-            for path, is_frozen in jax.tree_util.tree_leaves_with_path(frozen)
-        }
+def weights_of(name: str, argument: str) -> dict[str, tuple[tuple[int, ...], bool]]:
+    """Of every weight of an experiment, by its path: its shape and whether it is frozen."""
+    found = experiment(name, argument)
+    weights = build(found.model.placed("cpu", "float32"))[1]
+    frozen = jax.tree.leaves(frozen_mask(weights, found.optimizer.frozen))
+    return {
+        jax.tree_util.keystr(path, simple=True, separator="."): (leaf.shape, is_frozen)
+        for (path, leaf), is_frozen in zip(jax.tree_util.tree_leaves_with_path(weights), frozen, strict=True)
+    }
 
-    of_text, aligned = paths("text"), paths("align")
-    assert {path for path, is_frozen in aligned.items() if is_frozen} == of_text.keys()
-    assert not any(is_frozen for stage in ("text", "captions", "questions") for is_frozen in paths(stage).values())
+
+@pytest.mark.parametrize("fusion", ["co", "tangled"])
+def test_streams_look_through_the_image_encoder_that_cross_attention_trained_and_keep_it(fusion):
+    assert load("sight").start(fusion, "captions") == ("cross", "captions")
+    trained = weights_of("sight", "cross,captions")
+    for stage in ("captions", "questions"):
+        frozen = {
+            path: shape for path, (shape, is_frozen) in weights_of("sight", f"{fusion},{stage}").items() if is_frozen
+        }
+        assert frozen == {path: shape for path, (shape, _) in trained.items() if path.startswith("vision.")}
+    assert not any(is_frozen for _, is_frozen in trained.values())
+
+
+def test_the_quickstart_of_sight_freezes_the_text_while_it_aligns():
+    of_text, aligned = (weights_of("sight_quickstart", stage) for stage in ("text", "align"))
+    assert {path for path, (_, is_frozen) in aligned.items() if is_frozen} == of_text.keys()
+    for stage in ("text", "captions", "questions"):
+        assert not any(is_frozen for _, is_frozen in weights_of("sight_quickstart", stage).values())
     trained = re.findall(r"\(TRAIN_SIGHT\):(\w+)", (ROOT / "Makefile").read_text())
     assert trained == list(load("sight_quickstart").STAGES)

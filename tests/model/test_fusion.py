@@ -45,7 +45,7 @@ CASES = {
     "cross-last": {"sees": "last", "layer_loop": "scan", "qk_norm_images": True, "norm_order": "post"},
     "co": {"layers": 3, "positions": "learned", "layer_loop": "scan", "image_positions": 3},
     "tangled": {"layer_loop": "scan"},
-    "tangled-paper": {"tangled": "paper", "norm_order": "post", "connector": "mlp"},
+    "tangled-paper": {"tangled": "paper", "actions": 2, "norm_order": "post", "connector": "mlp"},
 }
 
 
@@ -261,6 +261,7 @@ def configs(draw: st.DrawFn) -> ModelConfig:
     fusion = draw(st.sampled_from(["merge", "cross", "co", "tangled"]))
     pattern = draw(st.sampled_from([("global",), ("local", "global"), ("linear", "global")]))
     connections = draw(st.sampled_from([1, 2]))
+    connector = draw(st.sampled_from(["linear", "mlp", "perceiver", "average_pool", "merger"]))
     fields: dict[str, Any] = {
         "pattern": pattern,
         "window": 3,
@@ -272,8 +273,9 @@ def configs(draw: st.DrawFn) -> ModelConfig:
         "activation": draw(st.sampled_from(["gelu", "swiglu"])),
         "attention": draw(st.sampled_from(["plain", "chunked"])),
         "layer_loop": draw(st.sampled_from(["scan", "unroll"])),
-        "connector": draw(st.sampled_from(["linear", "mlp", "perceiver", "average_pool", "merger"])),
+        "connector": connector,
         "latents": 2,
+        "actions": 1 if connector in ("average_pool", "merger") else draw(st.sampled_from([1, 2])),
         "mask": draw(st.sampled_from(["causal", "prefix", "images"])),
         "every": draw(st.sampled_from([1, len(pattern)])),
         "sees": draw(st.sampled_from(["last", "all"])),
@@ -417,6 +419,7 @@ WRONG: dict[str, tuple[str, dict[str, Any]]] = {  # the field named: the fusion,
     "model.vision.connections=3: needs as many": ("co", {"connections": 3}),
     "model.vision.connections=2: needs as many": ("tangled", {"share_layers": "all"}),
     "model.vision.connection_heads=3: does not divide": ("tangled", {"connection_heads": 3}),
+    "model.vision.actions=3: does not divide the 4 vectors": ("tangled", {"actions": 3}),
     "model.pipeline_repeats=2: not with model.fusion='co'": ("co", {"pipeline_repeats": 2}),
     r"model.rope_sections=\(1, 2\): needs three": ("merge", {"rope_sections": (1, 2)}),
     r"model.rope_sections=\(1, 1, 1\): needs three": ("merge", {"rope_sections": (1, 1, 1)}),
