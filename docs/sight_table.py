@@ -3,7 +3,8 @@
     python docs/sight_table.py --workdir=runs/sight-table [--only=NAME,...] [--seeds=0,1,2] [--write]
 
 What is trained already in the workdir is not trained again, and results.json there keeps what was measured; --write
-puts the table of all of it into docs/sight.md. Needs scikit-learn for the digits. Run it from the repository's root.
+puts it into docs/sight_results.json, in the place of what stood there of the same task and seed, and the table of all
+that stands there into docs/sight.md. Needs scikit-learn for the digits. Run it from the repository's root.
 """
 
 from __future__ import annotations
@@ -21,8 +22,10 @@ from typing import Any, NamedTuple
 import numpy as np
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
+KEPT = ROOT / "docs" / "sight_results.json"
 BEGIN, END = "<!-- table: docs/sight_table.py -->", "<!-- end of table -->"
 ASKED = 2048  # held-out records of a task: shares have a standard error of one point at most
+Results = dict[str, dict[str, dict[str, float]]]  # by task, seed and what was measured
 
 
 class Task(NamedTuple):
@@ -216,7 +219,19 @@ TASKS = {
 }
 
 
-def table(results: dict[str, dict[str, dict[str, float]]]) -> str:
+def measured(file: pathlib.Path) -> Results:
+    """What a file of results holds; nothing where there is none."""
+    return json.loads(file.read_text()) if file.exists() else {}
+
+
+def keep(file: pathlib.Path, results: Results) -> None:
+    """Adds results to a file, which it reads anew, so that several processes may measure side by side."""
+    kept = measured(file)
+    merged = {name: kept.get(name, {}) | results.get(name, {}) for name in TASKS if name in kept or name in results}
+    file.write_text(json.dumps(merged, indent=1) + "\n")
+
+
+def table(results: Results) -> str:
     """The measured tasks as a table of markdown. Shuffled images may help by three points over the best blind guess."""
     rows = ["| task | must reach | worst seed | all seeds | control | |", "|---|---|---|---|---|---|"]
     for name, task in TASKS.items():
@@ -248,20 +263,19 @@ def main() -> None:
     workdir = options.workdir.resolve()
     workdir.mkdir(parents=True, exist_ok=True)
     file = workdir / "results.json"
-    results = json.loads(file.read_text()) if file.exists() else {}
     for seed in map(int, options.seeds.split(",")):
         for name in options.only.split(","):
-            if str(seed) in results.get(name, {}):
+            if str(seed) in measured(file).get(name, {}):
                 continue
             found = TASKS[name].measure(workdir, seed)
-            results.setdefault(name, {})[str(seed)] = found
-            file.write_text(json.dumps(results, indent=1))
+            keep(file, {name: {str(seed): found}})
             print(name, seed, json.dumps(found), flush=True)
-    print(table(results))
+    print(table(measured(file)))
     if options.write:
+        keep(KEPT, measured(file))
         page = ROOT / "docs" / "sight.md"
         before, _, rest = page.read_text().partition(BEGIN)
-        page.write_text(f"{before}{BEGIN}\n{table(results)}\n{END}{rest.partition(END)[2]}")
+        page.write_text(f"{before}{BEGIN}\n{table(measured(KEPT))}\n{END}{rest.partition(END)[2]}")
 
 
 if __name__ == "__main__":
