@@ -23,6 +23,9 @@ import pytest
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ["JAX_COMPILATION_CACHE_DIR"] = f"{tempfile.gettempdir()}/foursight-compiled-{getpass.getuser()}"
 os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
+# Eight simulated devices that meet on a busy machine may wait for each other for longer than the 40 seconds after which
+# XLA ends the process.
+os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_cpu_collective_call_terminate_timeout_seconds=600"
 if "PYTEST_XDIST_WORKER" not in os.environ:  # Workers share what the first process made.
     os.environ["FOURSIGHT_CACHE"] = tempfile.mkdtemp(prefix="foursight-tests-")
 
