@@ -88,6 +88,7 @@ def ours(module: str, *when: str) -> set[str]:
     return {i.target for i in imports(module) if room(i.target) in ROOMS and i.when in when}
 
 
+@functools.cache
 def roof() -> set[str]:
     """The files of the upper half of tpu/."""
     found = ROOF_ENTRIES & modules().keys()
