@@ -30,3 +30,9 @@ def peers() -> Callable[..., str]:
         return done.stdout
 
     return run
+
+
+@pytest.fixture(scope="module", params=[1, pytest.param(3, marks=pytest.mark.slow)])
+def draws(request: pytest.FixtureRequest) -> int:
+    """How many new models of each family are compared, beside the recorded ones."""
+    return request.param

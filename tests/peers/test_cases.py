@@ -121,11 +121,11 @@ def test_export_gives_back_what_was_imported(path, tmp_path):
 
 
 @pytest.fixture(scope="module")
-def fresh(tmp_path_factory: pytest.TempPathFactory, peers: Callable[..., str]) -> list[Path]:
-    """Three new models of each family."""
+def fresh(tmp_path_factory: pytest.TempPathFactory, peers: Callable[..., str], draws: int) -> list[Path]:
+    """New models of each family."""
     out, seed = tmp_path_factory.mktemp("fresh"), time.time_ns() % 10**9
     print(f"seed {seed}")
-    peers("record_cases.py", f"--out={out}", f"--seed={seed}")
+    peers("record_cases.py", f"--out={out}", f"--draws={draws}", f"--seed={seed}")
     return sorted(path.parent for path in out.glob("*/case.json"))
 
 

@@ -169,16 +169,16 @@ def test_commands(tmp_path):
 
 
 @pytest.fixture(scope="module")
-def fresh(tmp_path_factory: pytest.TempPathFactory, peers: Callable[..., str]) -> list[Path]:
-    """Three new models of each family."""
+def fresh(tmp_path_factory: pytest.TempPathFactory, peers: Callable[..., str], draws: int) -> list[Path]:
+    """New models of each family."""
     out, seed = tmp_path_factory.mktemp("fresh"), time.time_ns() % 10**9
     print(f"seed {seed}")
-    peers("record_vision.py", f"--out={out}", f"--families={','.join(FAMILIES)}", f"--seed={seed}")
+    peers("record_vision.py", f"--out={out}", f"--draws={draws}", f"--families={','.join(FAMILIES)}", f"--seed={seed}")
     return sorted(path.parent for path in out.glob("*/case.json"))
 
 
-def test_fresh(fresh, one_device):
-    assert len(fresh) == 3 * len(FAMILIES)
+def test_fresh(fresh, draws, one_device):
+    assert len(fresh) == draws * len(FAMILIES)
     with jax.set_mesh(one_device):
         for path in fresh:
             print(path.name)
