@@ -10,6 +10,7 @@ that stands there into docs/sight.md. Needs scikit-learn for the digits. Run it 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import pathlib
 import runpy
@@ -24,7 +25,7 @@ import numpy as np
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 KEPT = ROOT / "docs" / "sight_results.json"
 BEGIN, END = "<!-- table: docs/sight_table.py -->", "<!-- end of table -->"
-ASKED = 2048  # held-out records of a task: shares have a standard error of one point at most
+ASKED = 2048  # held-out records of a task, of one kind where that is asked for: a standard error of one point at most
 Results = dict[str, dict[str, dict[str, float]]]  # by task, seed and what was measured
 
 
@@ -60,16 +61,22 @@ def train(run: pathlib.Path, flags: list[str]) -> pathlib.Path:
     return run
 
 
-def answered(run: pathlib.Path, source: str) -> tuple[list[Any], Callable[[list[Any]], list[str]]]:
-    """Held-out records of a source, and what asks the model of a run."""
-    from train import answers
+def held_out(source: str, kind: str = "all") -> list[Any]:
+    """The first held-out records of a source, all or those of one kind."""
     from train.data import made
+
+    records = (made.make(source, 0, "test", index) for index in itertools.count())
+    return list(itertools.islice((record for record in records if kind in ("all", record.kind)), ASKED))
+
+
+def asker(run: pathlib.Path) -> Callable[[list[Any]], list[str]]:
+    """What asks the model of a run."""
+    from train import answers
     from train.restore import open_checkpoint
 
     opened = open_checkpoint(run)
     data, model = opened.experiment.data, opened.experiment.model
-    ask = answers.replier(model, opened.weights, opened.tokenizer, data, max_tokens=data.context)
-    return [made.make(source, 0, "test", index) for index in range(ASKED)], ask
+    return answers.replier(model, opened.weights, opened.tokenizer, data, max_tokens=data.context)
 
 
 def blind(source: str, asked: list[Any]) -> dict[str, float]:
@@ -82,16 +89,17 @@ def blind(source: str, asked: list[Any]) -> dict[str, float]:
 
 
 def questions(fusion: str, kind: str) -> Callable[[pathlib.Path, int], dict[str, float]]:
-    """Scene questions of one kind, or of all; the same with images shuffled; the best guess without looking."""
+    """Scene questions of one kind, or of all; the same with images shuffled; the best guess without looking. And of
+    questions of all kinds, how many of each are right."""
 
     def measure(workdir: pathlib.Path, seed: int) -> dict[str, float]:
         from train import answers
 
-        asked, ask = answered(trained(workdir, seed, fusion, "questions"), "scenes:question")
-        found = answers.accuracies(asked, ask(asked))
-        shuffled = answers.accuracies(asked, ask(answers.shuffled(asked)))
-        by_kind = {f"right {name}": share for name, share in found.items()}
-        guessed = blind("scenes:question", asked)[kind]
+        source, ask = "scenes:question", asker(trained(workdir, seed, fusion, "questions"))
+        asked, mixed = held_out(source, kind), held_out(source)
+        found, shuffled = (answers.accuracies(asked, ask(of)) for of in (asked, answers.shuffled(asked)))
+        by_kind = {f"right {name}": share for name, share in answers.accuracies(mixed, ask(mixed)).items()}
+        guessed = blind(source, asked)[kind]
         return {"score": found[kind], "control": shuffled[kind], "blind": guessed, **by_kind}
 
     return measure
@@ -101,7 +109,7 @@ def charts(workdir: pathlib.Path, seed: int) -> dict[str, float]:
     """Exact answers after a rationale; the same of an empty picture; how often the whole rationale is right."""
     from train import answers
 
-    asked, ask = answered(trained(workdir, seed, "merge", "charts"), "charts:question")
+    asked, ask = held_out("charts:question"), asker(trained(workdir, seed, "merge", "charts"))
     said = ask(asked)
     empty = [record._replace(images=tuple(np.full_like(image, 255) for image in record.images)) for record in asked]
     found, without = answers.accuracies(asked, said), answers.accuracies(asked, ask(empty))
@@ -120,7 +128,7 @@ def compare(workdir: pathlib.Path, seed: int) -> dict[str, float]:
     from train import answers
     from train.data.scenes import swapped
 
-    asked, ask = answered(trained(workdir, seed, "cross", "compare"), "scenes:compare")
+    asked, ask = held_out("scenes:compare"), asker(trained(workdir, seed, "cross", "compare"))
     asked = [record for record in asked if record.kind == "compare"]
 
     def both(records: list[Any]) -> float:
@@ -140,7 +148,7 @@ def clips(workdir: pathlib.Path, seed: int) -> dict[str, float]:
     from train import answers
     from train.data.clips import DIRECTIONS
 
-    asked, ask = answered(trained(workdir, seed, "cross", "clips"), "clips:describe")
+    asked, ask = held_out("clips:describe"), asker(trained(workdir, seed, "cross", "clips"))
     found = answers.accuracies(asked, ask(asked))
     still = [record._replace(images=(record.images[1],) * len(record.images)) for record in asked]
     single = answers.accuracies(asked, ask(still))
