@@ -96,9 +96,10 @@ def questions(fusion: str, kind: str) -> Callable[[pathlib.Path, int], dict[str,
         from train import answers
 
         source, ask = "scenes:question", asker(trained(workdir, seed, fusion, "questions"))
-        asked, mixed = held_out(source, kind), held_out(source)
+        asked = held_out(source, kind)
         found, shuffled = (answers.accuracies(asked, ask(of)) for of in (asked, answers.shuffled(asked)))
-        by_kind = {f"right {name}": share for name, share in answers.accuracies(mixed, ask(mixed)).items()}
+        every = found if kind == "all" else answers.accuracies(held_out(source), ask(held_out(source)))
+        by_kind = {f"right {name}": share for name, share in every.items()}
         guessed = blind(source, asked)[kind]
         return {"score": found[kind], "control": shuffled[kind], "blind": guessed, **by_kind}
 
