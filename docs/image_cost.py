@@ -26,8 +26,8 @@ CASES = {
     "`co`": "co,questions",
     "`tangled`": "tangled,questions",
 }
-SHAPE = {"model.layers": 4, "model.embed_dim": 256, "model.heads": 4, "data.batch_size": 16, "optimizer.name": "adamw"}
-SHAPE["optimizer.frozen"] = ()  # Everything is trained, in co and tangled too.
+SHAPE = {"model.layers": 4, "model.embed_dim": 256, "model.heads": 4, "data.batch_size": 16}
+SHAPE |= {"optimizer.name": "adamw", "optimizer.frozen": ()}  # Everything is trained, in co and tangled too.
 SIGHT = {"model.vision.layers": 4, "model.vision.embed_dim": 256, "model.vision.heads": 4}
 TOKENS = 80  # of a row; of merge 16 of them are the image's
 

@@ -247,16 +247,19 @@ def table(results: Results) -> str:
         if not (seeds := results.get(name)):
             continue
         scores = [seeds[seed]["score"] for seed in sorted(seeds)]
-        control = max(found["control"] for found in seeds.values())
-        blind = [(found["control"] - found["blind"], found["blind"]) for found in seeds.values() if "blind" in found]
-        beside = f"{task.control} {control:.1%}" + (f", {task.guess} {max(blind)[1]:.1%}" if blind else "")
+        worst = max(seeds.values(), key=lambda found: found["control"] - found.get("blind", 0))
+        beside = f"{task.control} {worst['control']:.1%}"
+        if "blind" in worst:
+            beside += f", {task.guess} {worst['blind']:.1%}"
         for more in sorted(set.intersection(*(set(found) for found in seeds.values())) - {"score", "control", "blind"}):
             if not more.startswith("right "):
                 shares = sorted(found[more] for found in seeds.values())
                 beside += f"; {more} {' to '.join(dict.fromkeys(f'{share:.1%}' for share in (shares[0], shares[-1])))}"
-        reached = min(scores) >= task.target and all(above <= 0.03 for above, _ in blind)
+        within = "blind" not in worst or worst["control"] - worst["blind"] <= 0.03
         every = ", ".join(f"{score:.1%}" for score in scores)
-        said = "reached" if reached else "**missed**"
+        said = "reached" if within and min(scores) >= task.target else "**missed**"
+        if len(scores) < 3:
+            said += f" ({len(scores)} of 3 seeds)"
         rows.append(f"| {task.title} | {task.target:.0%} | {min(scores):.1%} | {every} | {beside} | {said} |")
     return "\n".join(rows)
 
