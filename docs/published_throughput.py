@@ -75,7 +75,7 @@ def main() -> None:
     from tpu.compile import tpu_devices
     from tpu.forecast import forecast
     from tpu.mesh import make_mesh
-    from train.summary import flops_per_token
+    from train.flops import flops_per_token
 
     print("| row | published MFU | forecast MFU | error | forecast limit | GiB per chip |\n|---|---|---|---|---|---|")
     for name, topology, slices, shape, per_chip, context, remat, mesh, published in ROWS:

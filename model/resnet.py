@@ -20,6 +20,7 @@ from model.mlp import ACTIVATIONS
 
 EXPANSION = 4  # of a bottleneck: its outputs for each of its inner channels
 BATCH_NORM_EPS = 1e-5
+FIXED_STATISTICS = ("mean", "variance")  # the names of what batch normalisation holds and no training moves
 
 
 class FixedNorm(nnx.Module):

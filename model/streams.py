@@ -1,7 +1,9 @@
 """Text and images in streams of their own, joined by connections before each of the text's last layers.
 
 A connection (`model.co_attention`, `model.tangled_attention`) is followed by one layer of the text and one of the
-images, as in ViLBERT (arXiv:1908.02265, section 3.1) and ActBERT (arXiv:2011.07231).
+images, as in ViLBERT (arXiv:1908.02265, section 3.1) and ActBERT (arXiv:2011.07231). After the last one nothing of the
+other streams reaches the text: its half of theirs has weights, as published, which no loss here moves, and the compiler
+leaves the computation out.
 
 Legend: B batch, T tokens, N images of a row, S image vectors, C their width, D embed_dim.
 """

@@ -175,7 +175,7 @@ def verified(layout: Layout, arguments: list[str], topology: Topology, slices: i
 def row(layout: Layout, topology: Topology, slices: int) -> dict[str, Any]:
     """What arithmetic says of a layout, under the names that `tpu.compile --json` uses."""
     from model import kinds
-    from train.summary import flops_per_token, shown
+    from train.flops import flops_per_token, shown
 
     found, experiment = layout.forecast, layout.experiment
     chip = topology.chip

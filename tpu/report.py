@@ -19,7 +19,8 @@ from tpu.chips import Topology, smallest
 from tpu.hlo_counts import Counts, Kernel, count
 from tpu.roofline import collective_seconds, roofline, run_cost
 from train.config import Experiment
-from train.summary import NOTHING_SHOWN, flops_per_token, human_bytes, pipeline_bubble, shown
+from train.flops import NOTHING_SHOWN, flops_per_token, shown
+from train.summary import human_bytes, pipeline_bubble
 
 LARGEST = 8  # arguments, and temporary arrays, that a report names
 # Products of size tokens x tokens x head_dim in an attention kernel, by a word of its name; the first that fits counts.

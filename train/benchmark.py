@@ -98,8 +98,9 @@ def training_figures(experiment: Experiment, steps: int, started: float) -> dict
     import jax
 
     from tpu.mesh import make_mesh
+    from train.flops import flops_per_token, shown
     from train.step import make_program
-    from train.summary import flops_per_token, parameter_counts, shown
+    from train.summary import parameter_counts
 
     rows, tokens = experiment.data.batch_size, experiment.data.context
     batch = drawn_batch(experiment)

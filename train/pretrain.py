@@ -84,11 +84,12 @@ def pretrain(experiment: Experiment, workdir: Workdir, stop: Stop, base: Base | 
     from train.checkpoint import Checkpointer
     from train.data import pipeline, tokenizer
     from train.evaluate import held_out_figures
+    from train.flops import flops_per_token, shown
     from train.metrics import ConsoleProgress, MetricsWriter
     from train.start import taken_over, tokenizer_of
     from train.state import TrainState
     from train.step import abstract_batch, batch_layout, make_program
-    from train.summary import flops_per_token, parameter_counts, shown
+    from train.summary import parameter_counts
     from train.workdir import versions
 
     workdir.check_experiment(experiment)

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 
 from model import kinds
 from model.config import ModelConfig
-from model.lora import FACTORS
+from model.resnet import FIXED_STATISTICS
 from tpu.pipeline import bubble_fraction
 from train import adapter_weights
 from train.config import Experiment
+from train.flops import flops_per_token, met_by_token, shown
 from train.optimizer import optimizer, state_bytes
 from train.schedule import schedule
 from train.tree import to_dict
@@ -24,97 +25,18 @@ FEWEST_REPLICAS = 2  # of local SGD, taken where mesh.data=-1 leaves their numbe
 def parameter_counts(weights: Any, config: ModelConfig | None = None) -> dict[str, int]:
     """Total, embedding (token and position tables) and non-embedding numbers of abstract or real weights.
 
-    With the `config` of a mixture of experts also `active`: those that a token meets.
+    Fixed statistics of batch normalisation are not parameters. With the `config` of a mixture of experts also `active`: those that a token meets.
     """
     total = embedding = active = 0
     for path, leaf in jax.tree_util.tree_leaves_with_path(weights):
+        if path[-1].key in FIXED_STATISTICS:
+            continue
         size = math.prod(leaf.shape)
         total += size
-        active += size if config is None else _active(path, size, config)
+        active += size if config is None else met_by_token(tuple(part.key for part in path), size, config)
         embedding += size if path[-1].key == "embedding" else 0
     counts = {"total": total, "embedding": embedding, "non_embedding": total - embedding}
     return counts | {"active": active} if config is not None and config.experts else counts
-
-
-def _active(path: tuple, size: int, config: ModelConfig) -> int:
-    """How much of a weight one token meets: of the experts' matrices, those of its experts."""
-    names = [part.key for part in path]
-    if "moe" not in names or "shared" in names or names[-1] != "kernel":
-        return size
-    return size * config.experts_per_token // config.experts
-
-
-class Shown(NamedTuple):
-    """What a row shows for each of its tokens: vectors inside the image encoder, and those that leave the connector."""
-
-    encoded: float = 0.0
-    vectors: float = 0.0
-    row: int = 0  # those that leave it, of a whole row
-
-
-def shown(experiment: Experiment) -> Shown:
-    """What the rows of an experiment show; places for images count whether there is one or not."""
-    vision, data = experiment.model.vision, experiment.data
-    if vision.encoder == "none":
-        return Shown()
-    images = data.images if experiment.objective.name == "conversation" else 1
-    encoded, vectors = images * (vision.grid * vision.columns + vision.class_token), images * vision.vectors
-    if data.image_fit == "native":
-        encoded, vectors = data.patches, data.patches // vision.shrink**2
-    return Shown(encoded / data.context, vectors / data.context, vectors)
-
-
-NOTHING_SHOWN = Shown()
-
-
-def flops_per_token(
-    config: ModelConfig, weights: Any, context: int, frozen: Any = None, shown: Shown = NOTHING_SHOWN
-) -> int:
-    """Floating-point operations of one training step per token, counted as PaLM does (arXiv:2204.02311, appendix B).
-
-    Six per weight that multiplies an activation (the head's table counts, looked-up tables do not; one that layers
-    share counts for each of them; of experts those that a token meets), and for attention
-    12 * layers * heads * head_dim * keys, not halved for causality; keys are what `ModelConfig.keys_seen` says.
-    Operations done again by rematerialisation do not count. Four per weight of `frozen`, for which no gradient is made.
-    What images take is shared out among the tokens of their row; of convolutions as if they had a stride of one patch.
-    """
-    products = 6 * _multiplied(config, weights, shown)
-    products += 4 * (0 if frozen is None else _multiplied(config, frozen, shown))
-    if config.tied_head:
-        products += (6 if frozen is None else 4) * config.vocab_size * config.embed_dim
-    seen = sum(config.keys_seen(kind, context) for kind in config.pattern)
-    keys = seen * config.layers // len(config.pattern)
-    keys += shown.row * sum(config.looks(i) for i in range(len(config.pattern))) * config.layers // len(config.pattern)
-    vision = config.vision
-    inside = (
-        vision.layers * vision.embed_dim * (vision.grid * vision.columns) * shown.encoded
-        if vision.encoder == "vit"
-        else 0
-    )
-    return round(products + 12 * (config.heads * config.head_dim * keys + inside))
-
-
-def _multiplied(config: ModelConfig, weights: Any, shown: Shown) -> float:
-    """How many weights multiply an activation for each token; what layers share is counted for each of them."""
-    times = config.layers // len(config.pattern) // config.layer_sets()
-    count = 0.0
-    for path, leaf in jax.tree_util.tree_leaves_with_path(weights):
-        if path[-1].key in ("kernel", "router", *FACTORS):
-            met = _active(path, math.prod(leaf.shape), config)
-            count += met * _often(tuple(part.key for part in path), times, shown)
-    return count
-
-
-def _often(path: tuple[str, ...], times: int, shown: Shown) -> float:
-    """How often for each token a weight multiplies something: images have vectors of their own."""
-    if path[0] == "vision":
-        return shown.encoded if "encoder" in path else shown.vectors
-    of_images = any(part.startswith(("gate_", "connection_")) for part in path) and not {"key", "value"}.isdisjoint(
-        path
-    )
-    if of_images or path[0] == "streams":
-        return shown.vectors
-    return times if "groups" in path else 1
 
 
 def pipeline_bubble(experiment: Experiment) -> float | None:
@@ -142,7 +64,7 @@ def summarize(experiment: Experiment) -> dict[str, Any]:
     rule = optimizer(experiment.optimizer, schedule(experiment.optimizer, experiment.run.steps), axes)
     tokens = experiment.run.steps * experiment.data.batch_size * experiment.data.context
     memory = {"weights": tree_bytes(weights), "optimizer": state_bytes(rule, weights)}
-    of_weights = parameter_counts(weights)["total"]
+    of_weights = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(weights))
     if experiment.optimizer.local_steps:  # `train.local_sgd.LocalState`: replicas with two counters each, and momentum
         replicas = max(FEWEST_REPLICAS, experiment.mesh.data)
         memory["optimizer"] = replicas * (sum(memory.values()) + 8) + 4 * of_weights

@@ -11,12 +11,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from model import transformer
+from model import kinds, transformer
 from model.config import GATED, ModelConfig
+from model.vision_config import VisionConfig
 from tpu.mesh import make_mesh
 from train.config import DataConfig, Experiment, MeshConfig, OptimizerConfig, RunConfig
+from train.flops import flops_per_token
 from train.step import make_program
-from train.summary import flops_per_token, human_bytes, parameter_counts, print_summary, summarize
+from train.summary import human_bytes, parameter_counts, print_summary, summarize
 from train.tree import from_dict
 
 
@@ -67,6 +69,16 @@ def test_operations_are_about_six_per_weight_and_token():
     config = ModelConfig(vocab_size=50, layers=4, embed_dim=128, heads=4).resolved().placed("cpu", "float32")
     counted = flops_per_token(config, transformer.build(config)[1], 1)
     assert 0.99 < counted / (6 * count(config)[0]) < 1.01
+
+
+def test_fixed_statistics_are_no_parameters():
+    vision = VisionConfig(encoder="resnet", pool="mean", connector="none", conv_norm="batch", widths=(8,), depths=(1,))
+    config = ModelConfig(kind="vision", labels=3, vision=vision).resolved().placed("cpu", "float32")
+    _, weights, _ = kinds.build(config)
+    in_all = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(weights))
+    norms = [leaf for path, leaf in jax.tree_util.tree_leaves_with_path(weights) if path[-1].key == "variance"]
+    assert norms
+    assert parameter_counts(weights)["total"] == in_all - 2 * sum(math.prod(leaf.shape) for leaf in norms)
 
 
 def test_the_summary_of_an_experiment(capsys):
