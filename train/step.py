@@ -310,9 +310,10 @@ def make_program(experiment: Experiment, mesh: Mesh) -> Program:
         with jax.named_scope("optimizer"):
             updates, optimizer_state = rule.update(gradient, old_optimizer_state, state.weights)
             updates = kept(updates, jax.tree.map(jnp.zeros_like, updates))
-            weights = kept(optax.apply_updates(state.weights, updates), state.weights)
+            weights = optax.apply_updates(state.weights, updates)
         if config.router_bias:
             weights = rebalanced(weights, state.weights, routings, experiment.optimizer.router_bias_rate)
+        weights = kept(weights, state.weights)
         ema = state.ema
         if ema is not None:
             ema = ema_update(ema, weights, experiment.optimizer.ema_decay, state.step)

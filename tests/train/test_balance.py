@@ -116,6 +116,18 @@ def test_micro_batches_change_no_loss_no_gradient_and_no_figure(model, one_devic
     assert 1 < figures["expert_load"] < 4
 
 
+def test_the_bias_of_a_frozen_router_stays(one_device):
+    found = experiment({"router_bias": True}, optimizer={"frozen": (r"^stack\b",)})
+    with jax.set_mesh(one_device):
+        program = make_program(found, one_device)
+        state = program.init(jax.random.key(0))
+        before = jax.tree.map(np.asarray, state.weights)
+        after = jax.tree.map(np.asarray, program.step(state, batch(0))[0].weights)
+    for a, b in zip(jax.tree.leaves(before["stack"]), jax.tree.leaves(after["stack"]), strict=True):
+        np.testing.assert_array_equal(a, b)
+    assert not np.array_equal(before["embedding"]["embedding"], after["embedding"]["embedding"])
+
+
 def test_padding_counts_nowhere(one_device):
     """Other tokens in the padding change nothing at all."""
     rows = batch(1)
