@@ -6,9 +6,10 @@ regions those of the text, c_w of the text those of the regions. Each stream the
     code   (as published: added)       K_w + up(W1 c_r), V_w + up(W2 c_r);   K_r + up(W3 c_w), V_r + up(W4 c_w)
     paper  (equations 5 and 6: stacked) [K_w; W1 c_r], [V_w; W2 c_r];        [K_r; W3 c_w], [V_r; W4 c_w]
 
-Here a region is an image vector, and an action a vector of a whole image or frame, or of a part of one. `up` gives each
-region the mean of what its image's actions have, and each token that of the last image before it, so that generated
-text can go on with it; stacked, tokens see every action by itself. Actions look at the text before the first answer
+Here a region is an image vector, and an action a vector of a whole image or frame, or of a part of one. `up` resizes to
+the nearest for the regions, as published; a token, which lies beside no part of an image, takes the mean of what the
+actions of the last image before it have, so that generated text can go on with it. Stacked, tokens see every action by
+itself. Actions look at the text before the first answer
 alone (as in `model.co_attention`); images see those before them, not those after. With vision.qk_norm a stream's own
 queries and keys are normalised, not what actions give to the keys.
 
@@ -111,7 +112,7 @@ class TangledConnection(nnx.Module):
         if streams is not None:
             pairs, new = self._others(streams, k, v, place, given)
         if pairs is not None and not self.stacked:
-            k, v = (a + self._up(b, pairs.place, seen) for a, b in ((k, pairs.keys), (v, pairs.values)))
+            k, v = (a + self._mean(b, pairs.place, seen) for a, b in ((k, pairs.keys), (v, pairs.values)))
         if cached is not None:
             cached = k, v = kv_cache.write(cached, k, v, place.positions)
         mask = visible(place, place if slots is None else slots, 0)
@@ -140,7 +141,7 @@ class TangledConnection(nnx.Module):
         if self.stacked:
             k_r, v_r, mask = self._stack(k_r, v_r, mask, back, visible(of_regions, of_actions, 0))
         else:
-            k_r, v_r = (a + self._up(b, of_actions, of_regions) for a, b in ((k_r, back.keys), (v_r, back.values)))
+            k_r, v_r = (a + self._nearest(b, of_actions, of_regions) for a, b in ((k_r, back.keys), (v_r, back.values)))
         regions = self.of_regions.out(plain_attention(q_r, k_r, v_r, mask).swapaxes(1, 2))
         actions = self.of_actions.out(plain_attention(q_a, k_a, v_a, visible(of_actions, of_actions, 0)).swapaxes(1, 2))
         return pairs, streams._replace(
@@ -148,7 +149,15 @@ class TangledConnection(nnx.Module):
         )
 
     @staticmethod
-    def _up(a: jax.Array, place: Place, onto: Place) -> jax.Array:
+    def _nearest(a: jax.Array, place: Place, onto: Place) -> jax.Array:
+        """a [B, H, N, K] of the actions at `place` -> [B, H, S, K]: for each of S regions the nearest, of its image."""
+        each = onto.segments.shape[1] // place.segments.shape[1]
+        segments, numbers = (jnp.repeat(x, each, axis=1) for x in place[:2])
+        own = (onto.segments > 0) & (onto.segments == segments) & (onto.positions == numbers)
+        return jnp.where(own[:, None, :, None], jnp.repeat(a, each, axis=2), 0)
+
+    @staticmethod
+    def _mean(a: jax.Array, place: Place, onto: Place) -> jax.Array:
         """a [B, H, N, K] of the actions at `place` -> [B, H, T, K]: for each of `onto` its image's mean, or zero."""
         at = onto.positions[:, :, None] == place.positions[:, None, :]
         at &= (onto.segments[:, :, None] == place.segments[:, None, :]) & (onto.segments[:, :, None] > 0)

@@ -72,8 +72,10 @@ def block(w: dict, text: np.ndarray, regions: np.ndarray, actions: np.ndarray, v
             continue
         for b, t in np.ndindex(segments.shape):
             if last[b, t] >= 0 and segments[b, t] == IMAGES[b, last[b, t]]:
-                k[name][b, t] += keys[b, at[b] == last[b, t]].mean(0)
-                v[name][b, t] += values[b, at[b] == last[b, t]].mean(0)
+                its = at[b] == last[b, t]  # actions of the last image, all of them or, of a region, the nearest
+                its = its if name == "text" else t * actions.shape[1] // regions.shape[1]
+                k[name][b, t] += keys[b, its].reshape(-1, *keys.shape[2:]).mean(0)
+                v[name][b, t] += values[b, its].reshape(-1, *values.shape[2:]).mean(0)
     out = []
     for name, x in streams.items():
         h = x + float64.linear(float64.attention(q[name], k[name], v[name], masks[name]), w[f"of_{name}"]["out"], 2)
