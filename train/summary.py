@@ -25,7 +25,8 @@ FEWEST_REPLICAS = 2  # of local SGD, taken where mesh.data=-1 leaves their numbe
 def parameter_counts(weights: Any, config: ModelConfig | None = None) -> dict[str, int]:
     """Total, embedding (token and position tables) and non-embedding numbers of abstract or real weights.
 
-    Fixed statistics of batch normalisation are not parameters. With the `config` of a mixture of experts also `active`: those that a token meets.
+    Fixed statistics of batch normalisation are not parameters. With the `config` of a mixture of experts also `active`:
+    those that a token meets.
     """
     total = embedding = active = 0
     for path, leaf in jax.tree_util.tree_leaves_with_path(weights):
