@@ -271,6 +271,11 @@ def check_mesh(experiment: Experiment) -> None:
         raise UserError(f"{field}: needs whole rows, and mesh.sequence={mesh.sequence} cuts them; give mesh.sequence=1")
     if mesh.stage > 1 and model.remembers:
         raise UserError(f"mesh.stage={mesh.stage}: not with a model that remembers (model.memory, model.knn_memory)")
+    if mesh.stage > 1 and model.fusion in ("co", "tangled"):
+        raise UserError(
+            f"mesh.stage={mesh.stage}: not with model.fusion={model.fusion!r}, which runs its layers between "
+            "connections and never as a pipeline; give 1"
+        )
     accumulation = experiment.optimizer.accumulation
     microbatches = model.pipeline_microbatches or mesh.stage
     pipeline = microbatches if mesh.stage > 1 else 1

@@ -440,6 +440,14 @@ def test_a_picture_on_the_command_line(merge, tmp_path):
         ({"objective": {"name": "contrastive"}}, "'contrastive' goes with 'contrastive'"),
         ({"model": {"vision": VisionConfig()}}, "model.vision.encoder='none'"),
         ({"model": {"fusion": "none"}}, "images reach nothing; set model.fusion"),
+        (
+            {"model": {"fusion": "co"}, "mesh": {"data": 1, "stage": 2}},
+            "mesh.stage=2: not with model.fusion='co', which runs its layers between connections",
+        ),
+        (
+            {"model": {"fusion": "tangled"}, "mesh": {"data": 1, "stage": 2}},
+            "mesh.stage=2: not with model.fusion='tangled', which runs its layers between connections",
+        ),
     ],
 )
 def test_what_does_not_go_together_is_named(fields, words):
