@@ -183,9 +183,36 @@ def _check_sight(experiment: Experiment) -> None:
                 f"optimizer.accumulation={experiment.optimizer.accumulation}: objective.name='contrastive' compares "
                 "all rows of a batch with each other; give 1, and optimizer.local_steps=0"
             )
-    if objective.name == "conversation" and model.fusion == "merge" and data.context <= model.vision.vectors:
+    _check_room(experiment)
+
+
+def _check_room(experiment: Experiment) -> None:
+    """Raises UserError where a row holds too few images, or too few tokens for what they become."""
+    model, objective, data = experiment.model, experiment.objective, experiment.data
+    tiles = data.image_fit == "tiles" and model.vision.encoder != "none"
+    if tiles and objective.name in ("contrastive", "image_classification"):
         raise UserError(
-            f"data.context={data.context}: one image takes {model.vision.vectors} tokens; give more, or a larger "
+            f"data.image_fit='tiles': objective.name={objective.name!r} takes one image a row; give squash, pad or crop"
+        )
+    if tiles and data.images < 2:
+        raise UserError(
+            f"data.images={data.images}: data.image_fit='tiles' makes at least 2 images of each, and up to 1 + "
+            f"data.max_tiles = {1 + data.max_tiles}; give as many"
+        )
+    if objective.name != "conversation" or model.fusion != "merge":
+        return
+    if data.image_fit == "native":
+        most = data.patches // model.vision.shrink**2
+        if data.context <= most:
+            raise UserError(
+                f"data.context={data.context}: the images of a row take up to {most} tokens; give more, or fewer "
+                "data.patches"
+            )
+        return
+    vectors = model.vision.vectors * (2 if tiles else 1)
+    if data.context <= vectors:
+        raise UserError(
+            f"data.context={data.context}: one image takes {vectors} tokens; give more, or a larger "
             "model.vision.patch_size or a connector that makes fewer of them"
         )
 

@@ -456,6 +456,39 @@ def test_what_does_not_go_together_is_named(fields, words):
     assert words in str(error.value)
 
 
+NATIVE = VisionConfig(**VIT | {"image_size": 64, "patch_size": 4, "positions": "rope"}, connector="pixel_shuffle")
+
+
+@pytest.mark.parametrize(("patches", "most"), [(63, 15), (64, 16), (256, 64)])
+def test_rows_hold_what_packed_images_take_at_most(patches, most):
+    """Whatever image_size is: 256 patches here, which packed images need not have and may have more of."""
+    data = {"image_fit": "native", "patches": patches}
+    experiment(model={"vision": NATIVE}, data=data | {"context": most + 1}).resolved()
+    with pytest.raises(UserError, match=f"^data.context={most}: the images of a row take up to {most} tokens"):
+        experiment(model={"vision": NATIVE}, data=data | {"context": most}).resolved()
+
+
+def test_tiles_need_room_for_an_overview_and_a_part():
+    data = {"image_fit": "tiles", "images": 2, "context": 9}
+    experiment(data=data).resolved()
+    with pytest.raises(UserError, match=r"^data.images=1: data.image_fit='tiles' makes at least 2 images of each"):
+        experiment(data=data | {"images": 1}).resolved()
+    with pytest.raises(UserError, match=r"^data.context=8: one image takes 8 tokens"):
+        experiment(data=data | {"context": 8}).resolved()
+
+
+@pytest.mark.parametrize("objective", ["contrastive", "image_classification"])
+def test_tiles_are_refused_where_a_row_is_of_one_image(objective):
+    vision = VisionConfig(**VIT, pool="mean", connector="none")
+    classes = {"fusion": "none", "kind": "vision", "labels": 3}
+    model = {"fusion": "contrastive"} if objective == "contrastive" else classes
+    given = experiment(model=model | {"vision": vision}, objective={"name": objective}, data={"images": 2})
+    given.resolved()
+    given.data.image_fit = "tiles"
+    with pytest.raises(UserError, match=f"^data.image_fit='tiles': objective.name='{objective}' takes one image a row"):
+        given.resolved()
+
+
 def test_an_unknown_source_is_named():
     given = experiment(data={"sources": ("scenes:poem",)}).resolved()
     with pytest.raises(UserError, match=r"scenes:poem.*scenes:caption"):
