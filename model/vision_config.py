@@ -44,7 +44,7 @@ class VisionConfig:
     encoder: str = "none"  # none: text alone; vit, cnn (model.convolution) or resnet
     image_size: int = 64  # pixels of a side, where images are made one size
     image_width: int = 0  # of images that are not square, whose height image_size is then; 0: image_size
-    channels: int = 3
+    channels: int = 3  # or 1, grey
     normalization: str = "half"  # of pixels 0 to 255 (NORMALIZATIONS)
     patch_size: int = 16  # of a vit
     patch_width: int = 0  # of patches that are not square, whose height patch_size is then; 0: patch_size
@@ -132,7 +132,6 @@ class VisionConfig:
                 raise UserError(f"model.vision.{field}={getattr(self, field)!r}: valid: {', '.join(valid)}")
         for field in (
             "image_size",
-            "channels",
             "patch_size",
             "temporal_patch",
             "layers",
@@ -152,10 +151,11 @@ class VisionConfig:
         ):
             if getattr(self, field) < 1:
                 raise UserError(f"model.vision.{field}={getattr(self, field)}: must be at least 1")
-        if self.first_stride not in (1, 2):
-            raise UserError(f"model.vision.first_stride={self.first_stride}: valid: 1, 2")
+        for field, valid in (("channels", (1, 3)), ("first_stride", (1, 2))):
+            if getattr(self, field) not in valid:
+                raise UserError(f"model.vision.{field}={getattr(self, field)}: valid: {', '.join(map(str, valid))}")
         whole = ("unused_layers", "image_positions", "mlp_dim", "connector_dim", "connection_dim")
-        for field in (*whole, "image_width", "patch_width", "position_slack"):
+        for field in (*whole, "image_width", "patch_width", "position_slack", "final_norm_eps"):
             if getattr(self, field) < 0:
                 raise UserError(f"model.vision.{field}={getattr(self, field)}: must not be negative")
         for field in ("norm_eps", "connector_eps", "rope_theta"):

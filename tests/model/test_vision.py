@@ -461,6 +461,7 @@ WRONG = {  # what is wrong: the field named
     "norm_eps": {"norm_eps": 0.0},
     "rope_theta": {"rope_theta": 0.0},
     "connector_eps": {"connector_eps": -1e-5},
+    "final_norm_eps": {"final_norm_eps": -1e-6},
 }
 
 
@@ -468,6 +469,13 @@ WRONG = {  # what is wrong: the field named
 def test_a_wrong_field_is_named(field):
     with pytest.raises(UserError, match=f"^model.vision.{field}="):
         made(**WRONG[field])
+
+
+@pytest.mark.parametrize("channels", [0, 2, 4, 5])
+def test_pixels_are_grey_or_of_three_colours(channels):
+    with pytest.raises(UserError, match=f"^model.vision.channels={channels}: valid: 1, 3"):
+        made(channels=channels)
+    made(channels=1)
 
 
 def test_bottlenecks_need_widths_that_four_divides():
