@@ -264,6 +264,11 @@ class ModelConfig:
                 if value := getattr(self, field):
                     raise UserError(f"model.{field}={value}: has no effect with model.experts=0; give model.experts")
             return
+        # Of other models nobody reads what the routers did, so that nothing would balance them.
+        if self.kind != "decoder":
+            raise UserError(f"model.experts={self.experts}: only with model.kind='decoder', not {self.kind!r}")
+        if self.fusion == "contrastive":
+            raise UserError(f"model.experts={self.experts}: not with model.fusion='contrastive'")
         if not 1 <= self.experts_per_token <= self.experts:
             raise UserError(
                 f"model.experts_per_token={self.experts_per_token}: valid: 1 to model.experts={self.experts}"

@@ -224,6 +224,11 @@ def test_which_layers_are_mixtures():
         ({"shared_experts": 1}, "model.shared_experts=1: has no effect with model.experts=0"),
         ({"capacity_factor": 1.0}, "model.capacity_factor=1.0: has no effect with model.experts=0"),
         ({"experts": 4, "router_scale": 0.0}, "model.router_scale=0.0: must be positive"),
+        *(
+            ({"experts": 4, "kind": kind}, f"model.experts=4: only with model.kind='decoder', not {kind!r}")
+            for kind in ("encoder", "encoder_decoder", "vision")
+        ),
+        ({"experts": 4, "fusion": "contrastive"}, "model.experts=4: not with model.fusion='contrastive'"),
     ],
 )
 def test_what_cannot_be_is_said_in_one_line(fields, message):
