@@ -91,7 +91,7 @@ def class_vectors(
 ) -> np.ndarray:
     """One vector of length 1 for each name, [names, E]: the mean over prompts, in which {} stands for the name, of
     vectors of length 1 (prompt ensembles, arXiv:2103.00020, section 3.1.4)."""
-    each = np.stack([of_texts([prompt.format(name) for name in names]) for prompt in prompts]).mean(0)
+    each = np.stack([of_texts([prompt.replace("{}", name) for name in names]) for prompt in prompts]).mean(0)
     return each / np.linalg.norm(each, axis=-1, keepdims=True)
 
 

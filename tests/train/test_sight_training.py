@@ -374,6 +374,17 @@ def test_zero_shot_is_the_most_alike_class():
     assert zero_shot(np.eye(3) + 0.1, classes).tolist() == [1, 2, 0]
 
 
+def test_of_a_template_the_place_of_the_name_alone_is_replaced():
+    read = []
+
+    def of_texts(texts: list[str]) -> np.ndarray:
+        read.extend(texts)
+        return np.ones((len(texts), 2))
+
+    class_vectors(of_texts, ["star", "{x}"], ["a {} {x}", "{ {}"])
+    assert read == ["a star {x}", "a {x} {x}", "{ star", "{ {x}"]
+
+
 def test_recall_counts_what_is_more_alike():
     queries = np.eye(3)
     assert recall_at(1, queries, np.ones((3, 3))) == 0.0  # All alike: nothing is found.
