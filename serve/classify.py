@@ -56,6 +56,7 @@ def main() -> int:
     """Prints the classes of every --image, the most probable first, and writes --json."""
     options = entry.FLAGS
     entry.need(checkpoint=options.checkpoint)
+    entry.need_directory(json=options.json)
     if not options.image:
         raise UserError("image: missing; give one picture or more")
     if len(set(options.label)) < 2:

@@ -276,8 +276,7 @@ def main() -> int:
     entry.need(checkpoint=options.checkpoint)
     if options.samples < 1:
         raise UserError(f"samples={options.samples}: must be at least 1")
-    if options.json and not pathlib.Path(options.json).absolute().parent.is_dir():
-        raise UserError(f"json={options.json}: its directory does not exist")
+    entry.need_directory(json=options.json)
     shared = {f.name: getattr(options, f.name) for f in dataclasses.fields(Request) if f.name in options}
     shared["images"] = tuple(options.image)
     prompts = [*options.prompt, *([_read(options.prompt_file)] if options.prompt_file else [])] or [""]

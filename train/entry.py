@@ -68,6 +68,13 @@ def need(**values: object) -> None:
             raise UserError(f"--{name} is missing")
 
 
+def need_directory(**files: str | None) -> None:
+    """Raises UserError for the first flag that names a file to write in a directory that does not exist."""
+    for name, file in files.items():
+        if file and not pathlib.Path(file).absolute().parent.is_dir():
+            raise UserError(f"{name}={file}: its directory does not exist")
+
+
 def _guarded(main: Callable[[], int | None]) -> None:
     _plain_log_lines()
     try:

@@ -100,6 +100,7 @@ def compressor_figures(documents: Iterable[str]) -> dict[str, float]:
 def main() -> int:
     """Evaluates --checkpoint."""
     entry.need(checkpoint=entry.FLAGS.checkpoint)
+    entry.need_directory(page=entry.FLAGS.page, json=entry.FLAGS.json)
     from train.restore import open_checkpoint
 
     field = "ema" if entry.FLAGS.ema else "weights"

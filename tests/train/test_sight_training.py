@@ -434,6 +434,14 @@ def test_a_picture_on_the_command_line(merge, tmp_path):
 
 
 @pytest.mark.parametrize(
+    ("module", "flag"), [("train.evaluate", "page"), ("train.evaluate", "json"), ("serve.classify", "json")]
+)
+def test_a_file_that_has_no_directory_is_refused_before_the_work(module, flag):
+    done = command(module, "--checkpoint=somewhere", f"--{flag}=nowhere/file")
+    assert (done.returncode, done.stderr) == (2, f"error: {flag}=nowhere/file: its directory does not exist\n")
+
+
+@pytest.mark.parametrize(
     ("fields", "words"),
     [
         ({"model": {"fusion": "blend"}}, "model.fusion='blend': valid: none, merge, cross, co, tangled, contrastive"),
