@@ -40,6 +40,14 @@ CHOICES = {
 
 GATED = ("swiglu", "geglu", "geglu_erf", "reglu")  # activations of one projection that gate another
 LAYERS = ("global", "local", "sparse", "linear", "gated_linear", "knn")  # what model.pattern is made of
+DROPOUTS = ("embedding_dropout", "attention_dropout", "residual_dropout")
+# Fields of model.vision and the fusions in which they have an effect; vision.offset goes with vision.every.
+OF_FUSIONS = {
+    "mask": ("merge",),
+    **dict.fromkeys(("every", "sees", "gate_per_channel"), ("cross",)),
+    "qk_norm": ("cross", "co", "tangled"),
+    **dict.fromkeys(("similarity", "projection_dim", "text_pool"), ("contrastive",)),
+}
 NOT_NEGATIVE = (
     "kv_heads",
     "head_dim",
@@ -231,11 +239,12 @@ class ModelConfig:
         self._check_kinds()
         if self.positions == "learned" and self.max_positions < 1:
             raise UserError(f"model.max_positions={self.max_positions}: learned positions need at least 1")
-        for field in ("embedding_dropout", "attention_dropout", "residual_dropout"):
+        for field in DROPOUTS:
             if not 0.0 <= getattr(self, field) < 1.0:
                 raise UserError(f"model.{field}={getattr(self, field)}: must be at least 0 and below 1")
         self._check_kind()
         self._check_fusion()
+        self._check_effects()
         for field in ("norm_eps", "rope_theta", "rope_slow", "init_std", "output_scale"):
             if getattr(self, field) <= 0:
                 raise UserError(f"model.{field}={getattr(self, field)}: must be positive")
@@ -342,6 +351,24 @@ class ModelConfig:
                 f"model.rope_sections={self.rope_sections}: needs three numbers whose sum is half of "
                 f"model.head_dim={self.head_dim}"
             )
+
+    def _check_effects(self) -> None:
+        """Raises UserError for a field of a model that sees that is no default and changes nothing there."""
+        if self.vision.encoder == "none":
+            return
+        plain = VisionConfig()
+        for field, fusions in OF_FUSIONS.items():
+            value = getattr(self.vision, field)
+            if self.fusion not in fusions and value != getattr(plain, field):
+                raise UserError(
+                    f"model.vision.{field}={value!r}: has no effect with model.fusion={self.fusion!r}, only with "
+                    f"{', '.join(fusions)}"
+                )
+        if self.kind == "vision" or self.fusion == "contrastive":
+            named = "model.kind='vision'" if self.kind == "vision" else "model.fusion='contrastive'"
+            for field in DROPOUTS:
+                if value := getattr(self, field):
+                    raise UserError(f"model.{field}={value}: has no effect with {named}; valid: 0")
 
     def _check_kind(self) -> None:
         """Raises UserError for a field that the kind of model does not have, or not like this."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
-from model.config import ModelConfig
+from model.config import OF_FUSIONS, ModelConfig
 from model.families import (
     bert,
     clip,
@@ -170,13 +170,12 @@ def _bare_vision(model: ModelConfig) -> dict[str, Any]:
         ("connector_eps",): connects and vision.connector in ("perceiver", "average_pool", "merger"),
         ("connector_qk_norm", "latents"): connects and perceives,
         ("connector_layers", "connector_heads", "connector_head_dim"): connects and perceives,
-        ("image_token", "mask"): fusion == "merge",
-        ("every", "offset", "sees", "gate_per_channel"): fusion == "cross",
-        ("qk_norm",): fusion in ("cross", "co", "tangled"),
+        ("image_token",): fusion == "merge",
+        ("offset",): fusion == "cross",
         ("connections", "connection_heads", "connection_dim"): fusion in ("co", "tangled"),
         ("tangled", "actions"): fusion == "tangled",
-        ("similarity", "projection_dim", "text_pool"): fusion == "contrastive",
     }
+    with_effect |= {(name,): fusion in fusions for name, fusions in OF_FUSIONS.items()}
     sees = vision.encoder != "none"
     effects = {name: sees and effect for names, effect in with_effect.items() for name in names}
     fields = [f.name for f in dataclasses.fields(vision) if f.name != "init"]

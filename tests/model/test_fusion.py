@@ -276,13 +276,14 @@ def configs(draw: st.DrawFn) -> ModelConfig:
         "connector": connector,
         "latents": 2,
         "actions": 1 if connector in ("average_pool", "merger") else draw(st.sampled_from([1, 2])),
-        "mask": draw(st.sampled_from(["causal", "prefix", "images"])),
-        "every": draw(st.sampled_from([1, len(pattern)])),
-        "sees": draw(st.sampled_from(["last", "all"])),
         "tangled": draw(st.sampled_from(["code", "paper"])),
         "connections": connections,
         "image_positions": draw(st.sampled_from([0, 3])),
     }
+    if fusion == "merge":
+        fields["mask"] = draw(st.sampled_from(["causal", "prefix", "images"]))
+    if fusion == "cross":
+        fields |= {"every": draw(st.sampled_from([1, len(pattern)])), "sees": draw(st.sampled_from(["last", "all"]))}
     if draw(st.booleans()):
         fields |= {
             "experts": 2,
@@ -432,6 +433,47 @@ def test_what_does_not_go_together_is_named(message):
     fusion, fields = WRONG[message]
     with pytest.raises(UserError, match=f"^{message}"):
         configured(fusion, **fields)
+
+
+EFFECTS = {  # of model.vision: a value that is no default, and the fusions in which it has an effect
+    "mask": ("prefix", ("merge",)),
+    "every": (2, ("cross",)),
+    "sees": ("last", ("cross",)),
+    "gate_per_channel": (True, ("cross",)),
+    "qk_norm_images": (True, ("cross", "co", "tangled")),
+    "similarity": ("sigmoid", ("contrastive",)),
+    "projection_dim": (4, ("contrastive",)),
+    "text_pool": ("last", ("contrastive",)),
+}
+POOLED = {"pool": "mean", "connector": "none"}
+SEEING: dict[str, dict[str, Any]] = {fusion: {} for fusion in ("merge", "cross", "co", "tangled")}
+SEEING |= {"contrastive": POOLED, "none": POOLED | {"kind": "vision", "labels": 3}}
+
+
+@pytest.mark.parametrize("fusion", SEEING)
+@pytest.mark.parametrize("field", EFFECTS)
+def test_a_field_without_effect_is_refused_where_it_is_no_default(fusion, field):
+    value, fusions = EFFECTS[field]
+    name = field.removesuffix("_images")
+    if fusion in fusions:
+        configured(fusion, **SEEING[fusion], **{field: value})
+        return
+    with pytest.raises(UserError) as error:
+        configured(fusion, **SEEING[fusion], **{field: value})
+    assert str(error.value) == (
+        f"model.vision.{name}={value!r}: has no effect with model.fusion={fusion!r}, only with {', '.join(fusions)}"
+    )
+    default = getattr(VisionConfig(), name)
+    config = configured(fusion, **SEEING[fusion], **{field: default})
+    assert config.resolved() == config
+
+
+@pytest.mark.parametrize("field", ["embedding_dropout", "attention_dropout", "residual_dropout"])
+def test_dropout_is_refused_where_nothing_drops(field):
+    for fusion, named in (("contrastive", "model.fusion='contrastive'"), ("none", "model.kind='vision'")):
+        with pytest.raises(UserError, match=f"^model.{field}=0.1: has no effect with {named}; valid: 0"):
+            configured(fusion, **SEEING[fusion], **{field: 0.1})
+    configured("merge", **{field: 0.1})
 
 
 def test_a_width_that_no_connection_has_to_divide_is_none_of_its_business():
