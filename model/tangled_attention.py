@@ -6,12 +6,12 @@ regions those of the text, c_w of the text those of the regions. Each stream the
     code   (as published: added)       K_w + up(W1 c_r), V_w + up(W2 c_r);   K_r + up(W3 c_w), V_r + up(W4 c_w)
     paper  (equations 5 and 6: stacked) [K_w; W1 c_r], [V_w; W2 c_r];        [K_r; W3 c_w], [V_r; W4 c_w]
 
-Here a region is an image vector, and an action a vector of a whole image or frame, or of a part of one. `up` resizes to
-the nearest for the regions, as published; a token, which lies beside no part of an image, takes the mean of what the
-actions of the last image before it have, so that generated text can go on with it. Stacked, tokens see every action by
-itself. Actions look at the text before the first answer
-alone (as in `model.co_attention`); images see those before them, not those after. With vision.qk_norm a stream's own
-queries and keys are normalised, not what actions give to the keys.
+Here a region is an image vector, and an action a vector of a whole image or frame, or of a part of one. `up` gives each
+region what the nearest of its image's actions has, as published. For the text that resize would go by the length of the
+row, and give tokens what comes of later images: a token sees an image's actions as a whole, and gets the mean of those
+of the last image before it, so that generated text can go on with it. Stacked, tokens see every action by itself.
+Actions look at the text before the first answer alone (as in `model.co_attention`); images see those before them, not
+those after. With vision.qk_norm a stream's own queries and keys are normalised, not what actions give to the keys.
 
 Legend: B batch, T tokens, S regions, N actions, H heads, K head_dim, D embed_dim, C width of the regions.
 """
@@ -141,20 +141,13 @@ class TangledConnection(nnx.Module):
         if self.stacked:
             k_r, v_r, mask = self._stack(k_r, v_r, mask, back, visible(of_regions, of_actions, 0))
         else:
-            k_r, v_r = (a + self._nearest(b, of_actions, of_regions) for a, b in ((k_r, back.keys), (v_r, back.values)))
+            each = k_r.shape[2] // back.keys.shape[2]
+            k_r, v_r = (a + jnp.repeat(b, each, axis=2) for a, b in ((k_r, back.keys), (v_r, back.values)))
         regions = self.of_regions.out(plain_attention(q_r, k_r, v_r, mask).swapaxes(1, 2))
         actions = self.of_actions.out(plain_attention(q_a, k_a, v_a, visible(of_actions, of_actions, 0)).swapaxes(1, 2))
         return pairs, streams._replace(
             regions=self.regions.leave(streams.regions, regions), actions=self.actions.leave(streams.actions, actions)
         )
-
-    @staticmethod
-    def _nearest(a: jax.Array, place: Place, onto: Place) -> jax.Array:
-        """a [B, H, N, K] of the actions at `place` -> [B, H, S, K]: for each of S regions the nearest, of its image."""
-        each = onto.segments.shape[1] // place.segments.shape[1]
-        segments, numbers = (jnp.repeat(x, each, axis=1) for x in place[:2])
-        own = (onto.segments > 0) & (onto.segments == segments) & (onto.positions == numbers)
-        return jnp.where(own[:, None, :, None], jnp.repeat(a, each, axis=2), 0)
 
     @staticmethod
     def _mean(a: jax.Array, place: Place, onto: Place) -> jax.Array:

@@ -5,6 +5,8 @@ Legend: B rows, T tokens, S regions, N actions, H heads, K head_dim.
 
 from __future__ import annotations
 
+import math
+
 import jax
 import numpy as np
 import pytest
@@ -69,13 +71,16 @@ def block(w: dict, text: np.ndarray, regions: np.ndarray, actions: np.ndarray, v
         if variant == "paper":
             k[name], v[name] = np.concatenate([k[name], keys], 1), np.concatenate([v[name], values], 1)
             masks[name] = np.concatenate([masks[name], before(segments, last, of_action, at)], 2)
-            continue
-        for b, t in np.ndindex(segments.shape):
-            if last[b, t] >= 0 and segments[b, t] == IMAGES[b, last[b, t]]:
-                its = at[b] == last[b, t]  # actions of the last image, all of them or, of a region, the nearest
-                its = its if name == "text" else t * actions.shape[1] // regions.shape[1]
-                k[name][b, t] += keys[b, its].reshape(-1, *keys.shape[2:]).mean(0)
-                v[name][b, t] += values[b, its].reshape(-1, *values.shape[2:]).mean(0)
+        elif name == "regions":
+            for b, s in np.ndindex(segments.shape):
+                nearest = math.floor(s * (actions.shape[1] / regions.shape[1]))
+                k[name][b, s] += keys[b, nearest]
+                v[name][b, s] += values[b, nearest]
+        else:
+            for b, t in np.ndindex(segments.shape):
+                if last[b, t] >= 0 and segments[b, t] == IMAGES[b, last[b, t]]:
+                    k[name][b, t] += keys[b, at[b] == last[b, t]].mean(0)
+                    v[name][b, t] += values[b, at[b] == last[b, t]].mean(0)
     out = []
     for name, x in streams.items():
         h = x + float64.linear(float64.attention(q[name], k[name], v[name], masks[name]), w[f"of_{name}"]["out"], 2)
@@ -87,7 +92,9 @@ def block(w: dict, text: np.ndarray, regions: np.ndarray, actions: np.ndarray, v
 
 
 @pytest.mark.parametrize("variant", ["code", "paper"])
-@pytest.mark.parametrize(("post", "qk_norm", "actions"), [(True, False, 1), (False, False, 2), (False, True, 1)])
+@pytest.mark.parametrize(
+    ("post", "qk_norm", "actions"), [(True, False, 1), (False, False, 2), (False, True, 1), (True, True, 4)]
+)
 def test_a_tangled_block_is_that_of_its_text_or_its_code(variant, post, qk_norm, actions):
     graphdef, weights = float64.drawn(connected(variant, post, qk_norm), TangledConnection)
     rng = np.random.default_rng(0)
