@@ -39,7 +39,7 @@ class DataConfig:
     image_field: str = "image"  # of TensorFlow Datasets records
     caption_field: str = "caption"  # of TensorFlow Datasets and of the JSON of tar shards
     user_format: str = "{}\n"  # what is given of a conversation, {} standing for the text
-    assistant_format: str = "{}"  # what is answered; the end of the document follows
+    assistant_format: str = "{}"  # what is answered, after what stands before {}; the end of the document follows
     max_bad_fraction: float = 0.01  # of the records read, that may be bad and left out; ten may where it is above 0
 
 

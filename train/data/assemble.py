@@ -2,8 +2,8 @@
 
 A row is [end of document, user, assistant, end of document, user, ...]. Where an image stands in a text, a model that
 merges images gets as many tokens as the image has vectors, and any other none: there an image has been seen by the
-tokens after it. What the assistant says, and the end after it, is learned; all else is given. Frames of a video stand
-one after the other, each with its time before it.
+tokens after it. What the assistant says, with what its format has after that, and the end, is learned; all else is
+given. Frames of a video stand one after the other, each with its time before it.
 
 An image is never cut. What does not fit is cut at the end of the text, or the record is refused.
 
@@ -38,7 +38,7 @@ class Tokens(NamedTuple):
     ids: list[int]
     slots: list[int]  # which of the conversation's image vectors stands there, -1 for text
     seen: list[int]  # images up to and with this token
-    learned: list[bool]  # whether the assistant says it
+    learned: list[bool]  # whether the assistant is to say it
     cut: bool = False  # whether something at the end was left out
 
 
@@ -70,9 +70,11 @@ def tokenize(
     for number, turn in enumerate(conversation.turns):
         of_assistant = turn.role == "assistant"
         before, _, after = (assembly.assistant_format if of_assistant else assembly.user_format).partition("{}")
-        if of_assistant and number == last and not answer:
+        if of_assistant:  # Apart from the answer, as a prompt ends with it: no token reaches from one into the other.
             add(tokenizer.encode(before) if before else [], -1, False)
-            break
+            if number == last and not answer:
+                break
+            before = ""
         pieces = (before + turn.text + after).split(IMAGE)
         for index, piece in enumerate(pieces):
             if index:

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from tpu.errors import UserError
 from train.data.assemble import Assembly, Tokens, row_fields, tokenize
 from train.data.conversation import IMAGE, Conversation, Turn
-from train.data.tokenizer import ByteTokenizer
+from train.data.tokenizer import ByteTokenizer, Tokenizer, train_bpe
 
 TOKENIZER = ByteTokenizer()
 END = TOKENIZER.end_of_document
@@ -24,8 +24,14 @@ def conversation(*turns: tuple[str, str], times: tuple[float, ...] = ()) -> Conv
     return Conversation("record 7", tuple(Turn(*turn) for turn in turns), (b"",) * images, times)
 
 
-def tokens_of(record: Conversation, vectors: int = 3, assembly: Assembly = PLAIN, answer: bool = True) -> Tokens:
-    return tokenize(record, (vectors,) * len(record.images), TOKENIZER, assembly, answer)
+def tokens_of(
+    record: Conversation,
+    vectors: int = 3,
+    assembly: Assembly = PLAIN,
+    answer: bool = True,
+    tokenizer: Tokenizer = TOKENIZER,
+) -> Tokens:
+    return tokenize(record, (vectors,) * len(record.images), tokenizer, assembly, answer)
 
 
 def said(tokens: Tokens) -> str:
@@ -74,10 +80,12 @@ def test_frames_have_their_times_before_them():
     assert said(tokens) == "|0 s:***0.5 s:***what?\nup|"
 
 
-def test_formats_stand_around_the_text_and_are_given():
+def test_formats_stand_around_the_text_and_what_is_before_an_answer_is_given():
     assembly = dataclasses.replace(PLAIN, user_format="Q: {} ", assistant_format="A: {}!")
     tokens = tokens_of(conversation(("user", f"{IMAGE}x"), ("assistant", "y")), assembly=assembly)
     assert said(tokens) == "|Q: ***x A: y!|"
+    assert "".join("x" if learned else "." for learned in tokens.learned) == "............xxx"
+    assert row_fields(tokens, assembly)["given"].sum() == 12
     prompt = tokens_of(conversation(("user", f"{IMAGE}x"), ("assistant", "y")), assembly=assembly, answer=False)
     assert said(prompt) == "|Q: ***x A: "
 
@@ -94,9 +102,12 @@ def conversations(draw: st.DrawFn) -> Conversation:
     return conversation(*turns)
 
 
-@given(conversations(), st.integers(0, 4), st.integers(4, 60))
-def test_any_conversation_is_whole_cut_in_its_text_or_refused(record, vectors, context):
-    assembly = Assembly(context, "{}\n", "{}")
+formats = st.tuples(texts, texts).map("{}".join)
+
+
+@given(conversations(), st.integers(0, 4), st.integers(4, 60), formats, formats)
+def test_any_conversation_is_whole_cut_in_its_text_or_refused(record, vectors, context, user, assistant):
+    assembly = Assembly(context, user, assistant)
     whole = tokens_of(record, vectors, dataclasses.replace(assembly, context=10_000))
     first = whole.learned.index(True)
     if first > context or (vectors and any(slot >= 0 for slot in whole.slots[context:])):
@@ -116,13 +127,20 @@ def test_any_conversation_is_whole_cut_in_its_text_or_refused(record, vectors, c
     assert not row["loss_weights"][: first - 1].any()
 
 
-@given(conversations(), st.integers(0, 4))
-def test_a_prompt_is_the_beginning_of_its_row(record, vectors):
-    assembly = Assembly(1000, "{}\n", "{}")
-    row, prompt = (tokens_of(record, vectors, assembly, answer) for answer in (True, False))
+BPE = train_bpe(["A: a: b b: é A: abc"] * 9, 300)  # merges across ": a", which formats below may cut
+
+
+@given(conversations(), st.integers(0, 4), formats, formats, st.sampled_from([TOKENIZER, BPE]))
+def test_a_prompt_is_the_beginning_of_its_row_and_the_rest_is_learned(record, vectors, user, assistant, tokenizer):
+    assembly = Assembly(1000, user, assistant)
+    row, prompt = (tokens_of(record, vectors, assembly, answer, tokenizer) for answer in (True, False))
     assert tuple(part[: len(prompt.ids)] for part in row[:4]) == tuple(prompt[:4])
-    rest = TOKENIZER.encode(record.turns[-1].text)
-    assert row.ids[len(prompt.ids) :] == [*rest, END]
+    said = [turn.text + assistant.partition("{}")[2] for turn in record.turns if turn.role == "assistant"]
+    answers = [[*tokenizer.encode(text), tokenizer.end_of_document] for text in said]
+    assert row.ids[len(prompt.ids) :] == answers[-1]
+    learned = [token for token, learned in zip(row.ids, row.learned, strict=True) if learned]
+    assert learned == [token for answer in answers for token in answer]
+    assert all(row.learned[len(prompt.ids) :])
 
 
 def test_placeholders_and_images_are_counted():
