@@ -6,6 +6,7 @@ from __future__ import annotations
 import base64
 import html
 import io
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -14,7 +15,7 @@ import numpy as np
 from train import answers
 from train.data.conversation import IMAGE, Conversation
 from train.data.conversations import good, last_answer, open_source
-from train.data.images import decode
+from train.data.images import Limits, decode
 from train.data.made import answer
 from train.restore import Trained
 
@@ -119,5 +120,6 @@ def _png(source: Any) -> str:
     from PIL import Image
 
     file = io.BytesIO()
-    Image.fromarray(decode(source)).save(file, "PNG")
+    # What was asked about has been decoded before, within data.max_megapixels.
+    Image.fromarray(decode(source, Limits(megapixels=math.inf))).save(file, "PNG")
     return base64.b64encode(file.getvalue()).decode()

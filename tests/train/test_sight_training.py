@@ -304,6 +304,12 @@ def test_the_page_holds_all_that_it_shows(merge):
     assert "http" not in text
 
 
+def test_the_page_shows_pictures_larger_than_is_usual():
+    large = np.zeros((6400, 6400, 3), np.uint8)  # 41 megapixels, of which data.max_megapixels=50 lets a model see all
+    asked = made.make("scenes:question", 0, "test", 0, 32)._replace(images=(large,))
+    assert page("", {}, [(asked, "no idea")], 1).count("data:image/png;base64,") == 1
+
+
 # Contrastive models and classes
 
 
