@@ -3,9 +3,10 @@
     python -m train.finetune --checkpoint=runs/base --config=configs/adapter.py:lora --workdir=runs/lora \\
         --config.data.sources="('corpus/*.jsonl',)" [--config.adapter.rank=16 ...]
 
-Model and tokenizer are those of the checkpoint; everything else is the experiment's. The workdir's checkpoints hold the
-adapter alone and name their base; train.evaluate and serve.generate take them as they take others. --dry_run shows how
-much is trained, how much is frozen, and what the optimizer needs.
+Model and tokenizer are those of the checkpoint, and so is how images are made to fit and what stands around each turn,
+where the experiment does not set it; everything else is the experiment's. The workdir's checkpoints hold the adapter
+alone and name their base; train.evaluate and serve.generate take them as they take others. --dry_run shows how much is
+trained, how much is frozen, and what the optimizer needs.
 """
 
 from __future__ import annotations
@@ -29,7 +30,10 @@ if __name__ == "__main__":
     flags.DEFINE_boolean("dry_run", False, "print the resolved experiment and its figures, and stop")
     flags.DEFINE_string("json", None, "with --dry_run: also write the figures to this file")
 
-TOKENIZER_FIELDS = ("tokenizer", "bpe_vocab_size")  # of DataConfig: the base decides
+# of DataConfig: the base decides
+TOKENIZER_FIELDS = ("tokenizer", "bpe_vocab_size")
+# of DataConfig: the base's, where the experiment has the default
+CONVERSATION_FIELDS = ("images", "image_fit", "max_tiles", "patches", "frames", "user_format", "assistant_format")
 
 
 def main() -> int:
@@ -46,10 +50,10 @@ def main() -> int:
 
 
 def on_base(experiment: Experiment, base: Base) -> Experiment:
-    """The resolved experiment with the base's model and tokenizer; `experiment` is not resolved.
+    """The resolved experiment with the base's model, tokenizer and form of conversations; `experiment` is not resolved.
 
-    Of the model it may set what changes no weights' meaning, such as dropout. Raises UserError for what it sets
-    otherwise, and where it has no adapter.
+    Of the model it may set what changes no weights' meaning, such as dropout, and of the form all. Raises UserError for
+    what it sets otherwise, and where it has no adapter.
     """
     from train.workdir import FREE_MODEL_FIELDS
 
@@ -63,17 +67,13 @@ def on_base(experiment: Experiment, base: Base) -> Experiment:
             f"(model.{field}={getattr(old.model, field)}); take another kind"
         )
     taken = _given(experiment.model, old.model, "model", FREE_MODEL_FIELDS)
-    _given(
-        experiment.data,
-        old.data,
-        "data",
-        [f.name for f in dataclasses.fields(DataConfig) if f.name not in TOKENIZER_FIELDS],
-    )
-    tokenizer = {name: getattr(old.data, name) for name in TOKENIZER_FIELDS}
+    free = [f.name for f in dataclasses.fields(DataConfig) if f.name not in TOKENIZER_FIELDS]
+    set_here = _given(experiment.data, old.data, "data", free)
+    kept = {f: getattr(old.data, f) for f in (*TOKENIZER_FIELDS, *CONVERSATION_FIELDS) if f not in set_here}
     return dataclasses.replace(
         experiment,
         model=dataclasses.replace(old.model, **taken),
-        data=dataclasses.replace(experiment.data, **tokenizer),
+        data=dataclasses.replace(experiment.data, **kept),
     ).resolved()
 
 

@@ -20,7 +20,7 @@ from model.vision_config import VisionConfig
 from serve.classify import probabilities
 from tpu.errors import UserError
 from train import answers
-from train.adapter_base import open_base
+from train.adapter_base import Base, open_base
 from train.config import AdapterConfig, DataConfig, Experiment, MeshConfig, ObjectiveConfig, OptimizerConfig, RunConfig
 from train.data import made, pipeline
 from train.data.tokenizer import ByteTokenizer
@@ -132,6 +132,21 @@ def test_adapters_train_on_what_sees(fusion, kind, merge, tmp_path):
     asked = [made.make("scenes:question", 0, "test", index, 32) for index in range(4)]
     run = open_checkpoint(tmp_path / "run")
     assert len(answers.replier(run.experiment.model, run.weights, run.tokenizer, run.experiment.data, 3)(asked)) == 4
+
+
+def test_an_adapter_sees_and_is_asked_as_its_base_unless_told_otherwise():
+    looks = {"images": 3, "image_fit": "crop", "frames": 2, "max_tiles": 3, "patches": 99}
+    says = {"user_format": "Q: {}\n", "assistant_format": "A: {}"}
+    base = Base(Path("base"), "", experiment(data=looks | says).resolved(), ByteTokenizer())
+
+    def adapted(**data: Any) -> DataConfig:
+        given = dataclasses.replace(experiment(data=data), model=ModelConfig(), adapter=AdapterConfig("lora"))
+        return on_base(given, base).data
+
+    for name, value in (looks | says).items():
+        assert getattr(adapted(), name) == value, name
+    padded = adapted(image_fit="pad", max_megapixels=1.0)
+    assert (padded.image_fit, padded.max_megapixels, padded.images) == ("pad", 1.0, 3)
 
 
 # Rows
