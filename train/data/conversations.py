@@ -10,6 +10,7 @@ Legend: T tokens per row, N images per row, S pixels along a side of an image.
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -36,6 +37,7 @@ class Side:
 
     length: int
     read: Callable[[int], Conversation]
+    text: Callable[[int], Conversation]  # the same with anything in place of images, which costs less
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,6 +48,7 @@ class ConversationSource:
     train: Side
     held_out: Side
     digest: str
+    names: tuple[str, ...] = ()  # of all classes, where the source lists them
 
 
 def open_source(name: str, data: DataConfig, size: int) -> ConversationSource:
@@ -54,7 +57,8 @@ def open_source(name: str, data: DataConfig, size: int) -> ConversationSource:
         made.make(name, 0, "train", 0, size)
 
         def side(split: str, length: int) -> Side:
-            return Side(length, lambda index: made.make(name, 0, split, index, size))
+            read = functools.partial(made.make, name, 0, split, size=size)
+            return Side(length, read, read)
 
         held_out = side("test", MADE_HELD_OUT if data.holdout else 0)
         return ConversationSource(name, side("train", MADE_TRAIN), held_out, made.digest())
@@ -65,9 +69,9 @@ def open_source(name: str, data: DataConfig, size: int) -> ConversationSource:
 
     def of(held_out: bool) -> Side:
         chosen = np.array(numbers[held_out], np.int64)
-        return Side(len(chosen), lambda index: found[int(chosen[index])])
+        return Side(len(chosen), lambda index: found[int(chosen[index])], lambda index: found.text(int(chosen[index])))
 
-    return ConversationSource(name, of(False), of(True), found.digest)
+    return ConversationSource(name, of(False), of(True), found.digest, found.names)
 
 
 def assembly_of(data: DataConfig) -> Assembly:
@@ -147,13 +151,24 @@ def good(side: Side, data: DataConfig, read: Callable[[Conversation], Any] = lam
     return Skipping(lambda index: read(side.read(index)), side.length, data.max_bad_fraction)
 
 
-def class_names(sides: Sequence[Side], labels: int, data: DataConfig) -> tuple[str, ...]:
-    """The classes of all records in order. Raises UserError where there are more than `labels`."""
-    records = [good(side, data, last_answer) for side in sides]
-    names = sorted({side[index] for side in records for index in range(len(side))})
-    if len(names) > labels:
-        raise UserError(f"model.labels={labels}: the records have {len(names)}: {', '.join(names[:20])}")
-    return tuple(names)
+def class_names(sources: Sequence[ConversationSource], labels: int, data: DataConfig) -> tuple[str, ...]:
+    """The classes of all sources in order. Raises UserError as soon as more than `labels` are found."""
+    names: set[str] = set()
+    for name in (name for source in sources for name in _names_of(source, data)):
+        names.add(name)
+        if len(names) > labels:
+            raise UserError(f"model.labels={labels}: there are more classes: {', '.join(sorted(names)[:20])}")
+    return tuple(sorted(names))
+
+
+def _names_of(source: ConversationSource, data: DataConfig) -> Iterator[str]:
+    """The classes that a source lists; else the class of every record, read without its images."""
+    if source.names:
+        yield from source.names
+        return
+    for side in (source.train, source.held_out):
+        said = good(dataclasses.replace(side, read=side.text), data, last_answer)
+        yield from (said[index] for index in range(side.length))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -171,9 +186,7 @@ def load(data: DataConfig, objective: str, model: ModelConfig, tokenizer: Tokeni
     sources = [open_source(name, data, model.vision.image_size) for name in data.sources]
     names: tuple[str, ...] = ()
     if objective == "image_classification":
-        sides = [side for source in sources for side in (source.train, source.held_out)]
-        names = class_names(sides, model.labels, data)
-
+        names = class_names(sources, model.labels, data)
     numbers = {name: number for number, name in enumerate(names)}
 
     def make(conversation: Conversation) -> Batch:

@@ -37,11 +37,15 @@ class Source(Protocol):
     """Records by index. Images of a Conversation are encoded bytes; its key names the record in messages."""
 
     digest: str  # changes with the source's files, as `train.data.sources.source_digest` does
+    names: tuple[str, ...]  # of all classes, where the texts are classes and the source lists them; else ()
 
     def __len__(self) -> int: ...
 
     def __getitem__(self, index: int) -> Conversation:
         """Raises UserError, beginning with where the record is, for one that is not as it should be."""
+
+    def text(self, index: int) -> Conversation:
+        """The record with anything in place of its images, which are not read where they lie apart. Raises as above."""
 
     def key(self, index: int) -> str:
         """What `train.data.sources.is_held_out` takes: the same on every machine. Bad records have one too."""
@@ -72,6 +76,8 @@ def open_source(source: str, data: DataConfig, *, image_field: str = "image", te
 class JsonFiles:
     """The records of .json and .jsonl files; image paths are relative to their folders. Keeps only where each lies."""
 
+    names = ()
+
     def __init__(self, paths: Sequence[str], data: DataConfig):
         """Raises UserError for a file that cannot be read, or a .json file that is no list."""
         self.digest = files_digest(paths)  # does not see the images
@@ -92,12 +98,16 @@ class JsonFiles:
         return "\n".join(paths) or hashlib.blake2b(raw, digest_size=16).hexdigest()
 
     def __getitem__(self, index: int) -> Conversation:
+        found = self.text(index)
+        folder = os.path.dirname(self._paths[self._places[index, 0]])
+        return found._replace(images=tuple(_contents(folder, path, found.key) for path in found.images))
+
+    def text(self, index: int) -> Conversation:
+        """The record with the paths of its images."""
         if not 0 <= index < len(self):
             raise IndexError(index)
         record, place = self._record(index, self._raw(index)), self._place(index)
-        folder = os.path.dirname(self._paths[self._places[index, 0]])
-        images = tuple(_contents(folder, path, place) for path in llava.image_paths(record, place))
-        return llava.conversation(record, images, place, self._data)
+        return llava.conversation(record, llava.image_paths(record, place), place, self._data)
 
     def _raw(self, index: int) -> bytes:
         file_number, offset, length, _ = self._places[index].tolist()
@@ -135,7 +145,9 @@ class TfdsImages:
         if not isinstance(features[image_field], tfds.features.Image):
             raise UserError(f"image_field={image_field!r}: {source!r} holds no image there")
         label = features[text_field]
-        self._label_name = label.int2str if isinstance(label, tfds.features.ClassLabel) else None
+        is_label = isinstance(label, tfds.features.ClassLabel)
+        self._label_name = label.int2str if is_label else None
+        self.names = tuple(name.strip() for name in label.names) if is_label else ()
 
     def __len__(self) -> int:
         return len(self._records)
@@ -160,6 +172,10 @@ class TfdsImages:
                 f"{place}: text_field={self._text_field!r} holds {type(text).__name__}, not text or a label"
             )
         return llava.caption(decode(text, self._data, Counter(), lambda at: place), (record[self._image_field],), place)
+
+    def text(self, index: int) -> Conversation:
+        """The record as it is, for image and text lie together."""
+        return self[index]
 
 
 def _paths(pattern: str) -> list[str]:

@@ -22,8 +22,8 @@ ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assi
 TURNS = ("conversations", "messages")  # the fields that may hold the turns
 
 
-def conversation(record: dict[str, Any], images: tuple[bytes, ...], place: str, data: DataConfig) -> Conversation:
-    """The conversation of a record in LLaVA's format, named `place`, about its images, encoded.
+def conversation(record: dict[str, Any], images: tuple[Any, ...], place: str, data: DataConfig) -> Conversation:
+    """The conversation of a record in LLaVA's format, named `place`, about its images, or what stands for each of them.
 
     Raises UserError, beginning with `place`, for turns that cannot be understood or that say nothing, for as many
     placeholders as there are not images, and for "times" or a "kind" of another form.

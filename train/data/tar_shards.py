@@ -36,6 +36,8 @@ TEXT, JSON = -2, -1  # kinds of members; an image's is its number, from 0
 class TarShards:
     """The records of all shards, in the order of the shards and, within one, of their first members."""
 
+    names = ()
+
     def __init__(self, paths: Sequence[str], names: Sequence[str], text_field: str, data: DataConfig):
         """paths: of the shards; names: of theirs in keys; text_field: that of KEY.json which holds a caption.
 
@@ -76,6 +78,13 @@ class TarShards:
         return f"{self._names[self._shard(index)]}/{self._keys[index]}"
 
     def __getitem__(self, index: int) -> Conversation:
+        return self._conversation(index, with_images=True)
+
+    def text(self, index: int) -> Conversation:
+        """The record with no bytes in place of its images."""
+        return self._conversation(index, with_images=False)
+
+    def _conversation(self, index: int, with_images: bool) -> Conversation:
         if not 0 <= index < len(self):
             raise IndexError(index)
         path = self._paths[self._shard(index)]
@@ -87,9 +96,10 @@ class TarShards:
         try:
             with open(path, "rb") as file:
                 for kind, offset, size in members:
+                    wanted = size if with_images or kind < 0 else 0
                     file.seek(offset)
-                    contents[kind] = file.read(size)
-                    if len(contents[kind]) < size:
+                    contents[kind] = file.read(wanted)
+                    if len(contents[kind]) < wanted:
                         raise UserError(f"{place}: the shard was cut short while in use")
         except OSError as error:
             raise UserError(f"{place}: cannot be read ({error})") from error

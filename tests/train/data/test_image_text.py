@@ -80,8 +80,15 @@ def test_what_was_written_comes_back_in_any_order(tmp_path_factory, found, name,
     assert [c.key for c in sequential[len(found) :]] == [f"{folder}/b.json, record {n + 1}" for n in range(len(found))]
     for index in data.draw(st.permutations(range(len(source)))):
         assert source[index] == sequential[index]
-    with pytest.raises(IndexError):
-        source[len(source)]
+    for path in (folder / "images").iterdir():
+        path.unlink()
+    for index, conversation in enumerate(sequential):
+        text = source.text(index)
+        assert text._replace(images=conversation.images) == conversation
+        assert len(text.images) == len(conversation.images)
+    for read in (source.__getitem__, source.text):
+        with pytest.raises(IndexError):
+            read(len(source))
 
 
 def test_keys_put_records_of_an_image_and_duplicates_together(tmp_path):
@@ -261,7 +268,10 @@ def test_tensorflow_datasets_without_tensorflow(tfds_folder):
             "",
         )
         assert labels[index].turns[1].text == ("cat", "dog")[numbers[-1] % 2]
+        assert labels.text(index).turns == labels[index].turns
     assert sorted(numbers) == [0, 1, 2, 3, 4, 5]
+    assert labels.names == ("cat", "dog")
+    assert source.names == ()
     assert len({source.key(i) for i in range(6)}) == 6
     assert open_source("tfds:tiny_images:validation", data)[0].turns[1].text == "café 9"
     assert len(open_source("tfds:tiny_images:train[:2]", data)) == 2

@@ -85,8 +85,10 @@ def test_what_was_written_comes_back_in_any_order(tmp_path_factory, shards, form
         assert found.key == f"{folder}/{key.replace('/', ', ', 1)}"
     for index in data.draw(st.permutations(range(len(source)))):
         assert source[index] == sequential[index]
-    with pytest.raises(IndexError):
-        source[len(source)]
+        assert source.text(index) == sequential[index]._replace(images=(b"",) * len(sequential[index].images))
+    for read in (source.__getitem__, source.text):
+        with pytest.raises(IndexError):
+            read(len(source))
 
 
 def test_keys_hold_folders_and_shards_but_nothing_of_the_machine(tmp_path):
@@ -98,8 +100,8 @@ def test_keys_hold_folders_and_shards_but_nothing_of_the_machine(tmp_path):
     assert source[0].turns[1].text == "c"
 
 
-def test_image_bytes_are_not_read_for_the_index(tmp_path):
-    """A shard whose data is a hole of 8 GiB opens at once."""
+def test_image_bytes_are_not_read_for_the_index_and_the_text(tmp_path):
+    """A shard whose data is a hole of 8 GiB opens at once, and tells what is said of it."""
     with tarfile.open(tmp_path / "a.tar", "w") as file:
         info = tarfile.TarInfo("1.jpg")
         info.size = 8 << 30
@@ -110,7 +112,12 @@ def test_image_bytes_are_not_read_for_the_index(tmp_path):
         said = b'{"conversations": [{"from": "gpt", "value": "x"}]}'
         text.size = len(said)
         file.addfile(text, io.BytesIO(said))
-    assert opened(tmp_path / "a.tar")[1].turns == (Turn("assistant", "x"),)
+        caption = tarfile.TarInfo("1.txt")
+        caption.size = 4
+        file.addfile(caption, io.BytesIO(b"hole"))
+    source = opened(tmp_path / "a.tar")
+    assert source[1].turns == (Turn("assistant", "x"),)
+    assert source.text(0).turns == (Turn("user", IMAGE), Turn("assistant", "hole"))
 
 
 @pytest.mark.parametrize(
