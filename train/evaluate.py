@@ -119,6 +119,7 @@ def main() -> int:
     batches = pipeline.held_out_batches(corpus, data, data.batch_size, entry.FLAGS.batches, transform=transform)
     memory = trained.empty_memory()
     figures = held_out_figures(trained.evaluate, trained.weights, batches, corpus, objective=name, memory=memory)
+    pipeline.log_left_out(corpus.held_out)
     if name != "next_token":
         print(f"checkpoint {trained.step_dir}, {name}: " + "  ".join(f"{k} {v:.4f}" for k, v in figures.items()))
         report: dict[str, Any] = {"eval": figures}

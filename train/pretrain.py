@@ -162,6 +162,7 @@ def pretrain(experiment: Experiment, workdir: Workdir, stop: Stop, base: Base | 
                 if found is None:
                     return None
                 figures |= {prefix + name: value for name, value in found.items()}
+            pipeline.log_left_out(corpus.held_out)
             return figures
 
         peak = host.measured_matmul_rate(model.compute_dtype) if distributed.leads() else 0.0
@@ -210,6 +211,7 @@ def pretrain(experiment: Experiment, workdir: Workdir, stop: Stop, base: Base | 
                     writer.close()
                 batches.close()
                 checkpointer.close()
+    pipeline.log_left_out(corpus.train)
     return _conclude(outcome, workdir, run)
 
 

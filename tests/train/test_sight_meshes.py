@@ -6,6 +6,7 @@ Legend: B rows, T tokens, N images of a row.
 from __future__ import annotations
 
 import dataclasses
+from collections import Counter
 from typing import Any
 
 import jax
@@ -93,7 +94,7 @@ def rows(experiment: Experiment) -> Batch:
         if name == "image_classification":
             return class_row(record, {answer: number % 3}, experiment.data, experiment.model)
         make = conversation_row if name == "conversation" else caption_row
-        return make(record, tokenizer, experiment.data, experiment.model)
+        return make(record, tokenizer, experiment.data, experiment.model, Counter())
 
     made = [row(number) for number in range(ROWS)]
     return Batch(*(None if arrays[0] is None else np.stack(arrays) for arrays in zip(*made, strict=True)))

@@ -5,8 +5,10 @@ from __future__ import annotations
 import dataclasses
 import html
 import json
+import re
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -220,7 +222,8 @@ def test_bad_records_are_counted_left_out_and_too_many_refused(tmp_path, caplog)
         list(map(corpus.train[0].__getitem__, range(len(corpus.train[0]))))
 
 
-def test_one_bad_record_stops_neither_tokenizer_nor_training_nor_evaluation(tmp_path):
+def test_one_bad_record_stops_neither_tokenizer_nor_training_nor_evaluation(tmp_path, caplog):
+    caplog.set_level("INFO")
     folder = tmp_path / "data"
     folder.mkdir()
     lines = []
@@ -238,6 +241,9 @@ def test_one_bad_record_stops_neither_tokenizer_nor_training_nor_evaluation(tmp_
     data = {"sources": (f"{folder}/a.jsonl",), "tokenizer": "bpe", "bpe_vocab_size": 300, "holdout": 0.5}
     given = experiment(data=data | {"context": 64}, model={"vocab_size": 300})
     found, said = figures(open_checkpoint(trained(given, tmp_path / "run")), 0)
+    told = [line for line in caplog.messages if "rows made so far" in line]
+    assert f"{folder}/a.jsonl, train: " in told[-1]
+    assert re.search(r"\d (its images and questions take … tokens|image … cannot be read|not JSON)", told[-1])
     (of,) = found.values()
     assert of["count"] == len(said) > 10
     assert all(conversation.turns[-1].role == "assistant" for conversation, _ in said)
@@ -269,7 +275,7 @@ def test_answers_are_those_of_the_uncached_model(fusion, merge, tmp_path):
         text = ""
         for _ in range(3):
             turns = (conversation.turns[0], conversation.turns[1]._replace(text=text + "?"))
-            row = conversation_row(conversation._replace(turns=turns), run.tokenizer, data, model)
+            row = conversation_row(conversation._replace(turns=turns), run.tokenizer, data, model, Counter())
             batch = jax.tree.map(lambda a: a[None], row)
             images = answers.Images(
                 batch.images, batch.image_segments, batch.image_slots, batch.images_seen, batch.given

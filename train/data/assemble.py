@@ -97,8 +97,8 @@ def _fitted(tokens: Tokens, conversation: Conversation, assembly: Assembly, answ
     first_learned = tokens.learned.index(True) if answer and True in tokens.learned else len(tokens.ids)
     if images_end > assembly.context or first_learned >= room or not answer:
         raise UserError(
-            f"{conversation.key}: its images ({sum(slot >= 0 for slot in tokens.slots)} tokens) and questions take "
-            f"{len(tokens.ids)} tokens; data.context={assembly.context}"
+            f"{conversation.key}: its images and questions take {len(tokens.ids)} tokens; data.context="
+            f"{assembly.context} (images alone take {sum(slot >= 0 for slot in tokens.slots)})"
         )
     return Tokens(*(part[:room] for part in tokens[:4]), cut=True)
 

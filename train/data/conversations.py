@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -80,19 +81,30 @@ def assembly_of(data: DataConfig) -> Assembly:
 
 
 class Rows(Sequence[Batch]):
-    """Rows of one side of a source, made by `make`; good ones stand in for the few that cannot be read."""
+    """Rows of one side of a source, made on access; good ones stand in for the few that cannot be read."""
 
-    def __init__(self, side: Side, make: Callable[[Conversation], Batch], data: DataConfig):
-        self._rows = good(side, data, make)
+    def __init__(self, name: str, side: Side, make: Callable[[Conversation, Counter[str]], Batch], data: DataConfig):
+        """name: of source and side in messages; make: a row, adding to the counter what it left out."""
+        self.name, self.made = name, 0  # rows
+        self._cut: Counter[str] = Counter()
+        self._rows = good(side, data, lambda conversation: make(conversation, self._cut))
 
     def __len__(self) -> int:
         return len(self._rows)
 
     def __getitem__(self, index: int) -> Batch:
-        return self._rows[int(index)]
+        row = self._rows[int(index)]
+        self.made += 1
+        return row
+
+    def left_out(self) -> Counter[str]:
+        """What was left out since the process began: rows that were cut, and records read over, by what is wrong."""
+        return self._cut + self._rows.reasons
 
 
-def conversation_row(conversation: Conversation, tokenizer: Tokenizer, data: DataConfig, model: ModelConfig) -> Batch:
+def conversation_row(
+    conversation: Conversation, tokenizer: Tokenizer, data: DataConfig, model: ModelConfig, counts: Counter[str]
+) -> Batch:
     """A row [T] that learns what the assistant says. Raises UserError for a conversation that makes none."""
     sees, vectors, images = model.vision.encoder != "none", (), {}
     if not sees and conversation.images:
@@ -102,6 +114,8 @@ def conversation_row(conversation: Conversation, tokenizer: Tokenizer, data: Dat
     tokens = tokenize(conversation, vectors, tokenizer, assembly_of(data))
     if not any(tokens.learned):
         raise UserError(f"{conversation.key}: the assistant says nothing")
+    if tokens.cut:
+        counts["cut_conversations"] += 1
     fields = row_fields(tokens, assembly_of(data))
     return Batch(**{name: fields[name] for name in fields if sees or name in Batch._fields[:5]}, **images)
 
@@ -117,8 +131,12 @@ def last_answer(conversation: Conversation) -> str:
 def text_row(text: str, tokenizer: Tokenizer, context: int) -> Batch:
     """A text alone as a row [T] of a contrastive model, [beginning, text, end, end, ...], where ends but the first are
     padding (as CLIP and SigLIP have it); its first position has the row's weight."""
+    return _text_row(tokenizer.encode(text), tokenizer, context)
+
+
+def _text_row(text: list[int], tokenizer: Tokenizer, context: int) -> Batch:
     end = tokenizer.end_of_document
-    ids = [tokenizer.beginning, *tokenizer.encode(text)[: context - 2], end][:context]
+    ids = [tokenizer.beginning, *text[: context - 2], end][:context]
     tokens = np.full(context, end, np.int32)
     tokens[: len(ids)] = ids
     there = (np.arange(context) < len(ids)).astype(np.int32)
@@ -126,10 +144,14 @@ def text_row(text: str, tokenizer: Tokenizer, context: int) -> Batch:
     return Batch(tokens, tokens, weights, there, np.arange(context, dtype=np.int32) * there)
 
 
-def caption_row(conversation: Conversation, tokenizer: Tokenizer, data: DataConfig, model: ModelConfig) -> Batch:
+def caption_row(
+    conversation: Conversation, tokenizer: Tokenizer, data: DataConfig, model: ModelConfig, counts: Counter[str]
+) -> Batch:
     """A row of an image and a text about it, what the assistant says last (contrastive)."""
-    row = text_row(last_answer(conversation), tokenizer, data.context)
-    return row._replace(**_one_image(conversation, data, model))
+    text, image = tokenizer.encode(last_answer(conversation)), _one_image(conversation, data, model)
+    if len(text) > data.context - 2:
+        counts["cut_texts"] += 1
+    return _text_row(text, tokenizer, data.context)._replace(**image)
 
 
 def class_row(conversation: Conversation, names: dict[str, int], data: DataConfig, model: ModelConfig) -> Batch:
@@ -173,7 +195,8 @@ def _names_of(source: ConversationSource, data: DataConfig) -> Iterator[str]:
 
 @dataclasses.dataclass(frozen=True)
 class Conversations:
-    """All sources as rows, and reports as `train.data.labelled.Labelled` has them."""
+    """All sources as rows, and reports as `train.data.labelled.Labelled` has them, but of what is passed over, which
+    only `Rows.left_out` knows."""
 
     train: list[Sequence[Batch]]
     held_out: list[Sequence[Batch]]
@@ -189,13 +212,11 @@ def load(data: DataConfig, objective: str, model: ModelConfig, tokenizer: Tokeni
         names = class_names(sources, model.labels, data)
     numbers = {name: number for number, name in enumerate(names)}
 
-    def make(conversation: Conversation) -> Batch:
+    def make(conversation: Conversation, counts: Counter[str]) -> Batch:
         if objective == "image_classification":
             return class_row(conversation, numbers, data, model)
-        return (caption_row if objective == "contrastive" else conversation_row)(conversation, tokenizer, data, model)
-
-    def rows(side: Side) -> Rows:
-        return Rows(side, make, data)
+        row = caption_row if objective == "contrastive" else conversation_row
+        return row(conversation, tokenizer, data, model, counts)
 
     def count(side: Side) -> dict[str, int]:
         return {"documents": side.length, "bytes": 0, "tokens": 0}
@@ -204,13 +225,14 @@ def load(data: DataConfig, objective: str, model: ModelConfig, tokenizer: Tokeni
         {
             "source": s.name,
             "digest": s.digest,
-            "passed_over": {},
             "train": count(s.train),
             "held_out": count(s.held_out),
         }
         for s in sources
     ]
-    return Conversations([rows(s.train) for s in sources], [rows(s.held_out) for s in sources], names, reports)
+    train = [Rows(f"{s.name}, train", s.train, make, data) for s in sources]
+    held_out = [Rows(f"{s.name}, held out", s.held_out, make, data) for s in sources]
+    return Conversations(train, held_out, names, reports)
 
 
 def texts(data: DataConfig, size: int, limit: int = 10_000) -> Iterator[str]:

@@ -12,7 +12,7 @@ import dataclasses
 import functools
 import logging
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -119,14 +119,29 @@ def _conversation_tokenizer(data: DataConfig, model: ModelConfig) -> Tokenizer:
 
 def _log(report: dict[str, Any]) -> None:
     train, held_out = report["train"], report["held_out"]
+    passed_over = "rows are made when they are asked for"
+    if "passed_over" in report:
+        passed_over = _listed(report["passed_over"]) or "nothing passed over"
     log.info(
         "data %s: train %d documents, %d bytes, %d tokens, %.2f bytes/token; held out %d, %d, %d; %s; digest %s",
         report["source"],
         *(train["documents"], train["bytes"], train["tokens"], train["bytes"] / max(1, train["tokens"])),
         *(held_out["documents"], held_out["bytes"], held_out["tokens"]),
-        ", ".join(f"{count} {name}" for name, count in report["passed_over"].items()) or "nothing passed over",
+        passed_over,
         report["digest"],
     )
+
+
+def log_left_out(sources: Sequence[Sequence[Batch]]) -> None:
+    """Logs of each source of a side of a Corpus what the rows of conversations made in this process left out, if any
+    did; other rows are known when the corpus is loaded."""
+    for rows in sources:
+        if isinstance(rows, conversations.Rows) and (found := rows.left_out()):
+            log.info("data %s: %d rows made so far; %s", rows.name, rows.made, _listed(found))
+
+
+def _listed(counts: Mapping[str, int]) -> str:
+    return ", ".join(f"{count} {name}" for name, count in counts.items())
 
 
 def _check_sides(reports: list[dict[str, Any]], data: DataConfig) -> None:
