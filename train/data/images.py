@@ -92,7 +92,7 @@ def frames(
         if total == 1:
             return [_pixels(image)] * count, [0.0] * count
         if (millions := total * image.width * image.height / 1e6) > limits.animation_megapixels:
-            most = f"at most {limits.animation_megapixels:g} (Limits.animation_megapixels)"
+            most = f"at most {limits.animation_megapixels:g} in all"
             raise UserError(f"{name}: {total} frames of {millions / total:.8g} megapixels are {millions:.8g}; {most}")
         first = int(getattr(image, "default_image", False))  # an APNG's picture for readers that know no animation
         starts = _starts(image, range(first, total), limits, name)
@@ -130,7 +130,7 @@ def _opened(source: bytes | str | Path | Image.Image, limits: Limits, name: str)
         except UserError:
             raise
         except Image.DecompressionBombError as error:
-            most = f"at most {limits.megapixels:g} (Limits.megapixels)"
+            most = f"at most {limits.megapixels:g} (data.max_megapixels)"
             raise UserError(f"{name}: more megapixels than Pillow reads; {most}: {error}") from error
         except Exception as error:  # Pillow's readers let anything through, from struct.error to ZeroDivisionError.
             reason = " ".join(str(error).split()) or type(error).__name__
@@ -162,7 +162,7 @@ def _check_size(width: int, height: int, limits: Limits, name: str) -> None:
         raise UserError(f"{name}: {height} x {width} pixels (height x width): there are none")
     if (millions := height * width / 1e6) > limits.megapixels:
         asked = f"{height} x {width} pixels (height x width) are {millions:.8g} megapixels"
-        raise UserError(f"{name}: {asked}; at most {limits.megapixels:g} (Limits.megapixels)")
+        raise UserError(f"{name}: {asked}; at most {limits.megapixels:g} (data.max_megapixels)")
     if max(height, width) > SIDE:
         raise UserError(f"{name}: {height} x {width} pixels (height x width); a side is at most {SIDE}")
 
