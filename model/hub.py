@@ -179,7 +179,8 @@ def import_model(source: pathlib.Path, workdir: pathlib.Path, dtype: str) -> Non
         (made / PEER).mkdir()
         _hand_on(source, made / PEER)
         shutil.copyfile(source / "config.json", made / PEER / "config.json")
-    count = sum(int(np.prod(shape)) for shape in sizes.values())
+    # The fixed statistics of a batch normalisation are no parameters; published counts leave them out too.
+    count = sum(int(np.prod(shape)) for name, shape in sizes.items() if not name.endswith((".mean", ".variance")))
     print(f"{opened.family.architectures[0]}: {count:,} parameters in {dtype}, from {source} to {workdir}")
     if tokenizer is None:
         print(

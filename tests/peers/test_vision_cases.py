@@ -78,6 +78,14 @@ def test_published_configurations_have_the_published_number_of_parameters(name):
     assert family.read(family.write(model)) == model
 
 
+def test_an_import_counts_what_is_trained_and_not_the_statistics_of_batches(tmp_path, capsys):
+    hub.import_model(CASES / "resnet_0", tmp_path / "workdir", "auto")
+    tensors = open_directory(CASES / "resnet_0")
+    trained = json.loads((CASES / "resnet_0" / "case.json").read_text())["gradient_norms"]
+    count = sum(math.prod(tensors[name].spec.shape) for name in trained)
+    assert f"ResNetForImageClassification: {count:,} parameters" in capsys.readouterr().out
+
+
 # What files may be called, what is compared in training, commands
 
 
