@@ -128,7 +128,7 @@ def pretrain(experiment: Experiment, workdir: Workdir, stop: Stop, base: Base | 
             corpus = _load_corpus(experiment, base.tokenizer if base else tokenizer_of(run.start))
             state, first_step = program.init(jax.random.key(run.seed)), 0
             if run.start:
-                weights = taken_over(state.weights, run.start, mesh)
+                weights = taken_over(state.weights, run.start, mesh, model.vision)
                 state = program.init(jax.random.key(run.seed), weights)
         special = experiment.objective.special_tokens(data.context)
         tokenizer.check_vocabulary(corpus.tokenizer, model.vocab_size, special)

@@ -19,6 +19,7 @@ from PIL import Image
 
 from model.config import ModelConfig
 from model.vision_config import VisionConfig
+from model.vit import resampled
 from serve.classify import probabilities
 from tpu.errors import UserError
 from train import answers
@@ -33,6 +34,7 @@ from train.retrieval import class_vectors, embedders, recall_at, zero_shot
 from train.retrieval import figures as retrieval_figures
 from train.sight_report import figures, page
 from train.signals import Stop
+from train.start import positions_on_grid
 from train.step import frozen_mask
 from train.workdir import Workdir
 
@@ -98,6 +100,35 @@ def test_weights_are_taken_over_where_path_and_shape_agree(merge, tmp_path, caps
         wanted = other[path] if path in other else seeing[path]  # the first that has one
         assert np.array_equal(weight, wanted), path
     assert "starting with" in capsys.readouterr().out
+
+
+def test_positions_are_resampled_for_images_of_another_size_and_what_does_not_fit_is_named(merge, tmp_path, capsys):
+    given = experiment(run={"start": (str(merge),), "steps": 1}, optimizer={"learning_rate": 0.0})
+    larger = dataclasses.replace(given.model, vision=dataclasses.replace(given.model.vision, image_size=64))
+    started = leaves(trained(dataclasses.replace(given, model=larger), tmp_path / "larger"))
+    table = "vision.encoder.vit.position_embedding"
+    before = leaves(merge)
+    assert started[table].shape == (16, 16)
+    np.testing.assert_allclose(started[table], resampled(before[table], (2, 2), (4, 4)), atol=1e-6)
+    assert all(np.array_equal(weight, before[path]) for path, weight in started.items() if path != table)
+    assert "positions of images resampled from 2 x 2 to 4 x 4 vectors" in capsys.readouterr().out
+    narrow = dataclasses.replace(given.model, mlp_dim=24)
+    other = leaves(trained(dataclasses.replace(given, model=narrow), tmp_path / "other"))
+    assert np.array_equal(other[table], before[table])
+    said = capsys.readouterr().out
+    assert "not taken for their shape: stack.groups.layer_0.mlp.down.kernel [2, 64, 16], here [2, 24, 16]" in said
+    assert "mlp.down.bias" not in said
+    assert "positions of images" not in said
+
+
+def test_the_row_of_a_class_token_stays_and_a_grid_is_no_row_of_numbers():
+    wide = VisionConfig(encoder="vit", image_size=16, image_width=48, patch_size=8, class_token=True)
+    high = dataclasses.replace(wide, image_size=48, image_width=16)
+    table = np.random.default_rng(0).normal(size=(1 + 2 * 6, 4)).astype(np.float32)
+    found = np.asarray(positions_on_grid(table, wide, high))  # as many rows, in other places
+    np.testing.assert_array_equal(found[0], table[0])
+    np.testing.assert_allclose(found[1:], resampled(table[1:], (2, 6), (6, 2)), atol=1e-6)
+    assert positions_on_grid(table, wide, dataclasses.replace(high, class_token=False)) is None
 
 
 def test_a_text_model_is_refused_pictures(tmp_path):
