@@ -128,6 +128,7 @@ def import_model(source: pathlib.Path, workdir: pathlib.Path, dtype: str) -> Non
     """
     import numpy as np
 
+    from model.families import image_processor
     from model.load import shapes
     from model.safetensors import DTYPES, Spec, whole_directory, write_file
     from train import checkpoint, manifest
@@ -146,10 +147,14 @@ def import_model(source: pathlib.Path, workdir: pathlib.Path, dtype: str) -> Non
         if isinstance(beginning, int) and 0 <= beginning < tokenizer.vocab_size:
             tokenizer.beginning = beginning
     name = str((workdir / PEER / file.name).absolute()) if file else "bytes"
+    data, images = DataConfig(tokenizer=name, context=row_length(opened.model)), None
+    if opened.family.image_processor:
+        images = image_processor.of_directory(source, opened.family.image_processor, opened.model.vision)
+        data = dataclasses.replace(data, image_fit=images.fit, image_resample=images.resample)
     experiment = Experiment(
         name=source.resolve().name,
         model=dataclasses.replace(opened.model, weight_dtype=dtype),
-        data=DataConfig(tokenizer=name, context=row_length(opened.model)),
+        data=data,
         objective=ObjectiveConfig(name=opened.family.objective),
     ).resolved()
     numpy_dtype = np.dtype("float32") if dtype == "float32" else DTYPES["BF16"]
@@ -182,6 +187,8 @@ def import_model(source: pathlib.Path, workdir: pathlib.Path, dtype: str) -> Non
     # The fixed statistics of a batch normalisation are no parameters; published counts leave them out too.
     count = sum(int(np.prod(shape)) for name, shape in sizes.items() if not name.endswith((".mean", ".variance")))
     print(f"{opened.family.architectures[0]}: {count:,} parameters in {dtype}, from {source} to {workdir}")
+    if images:
+        print(images)
     if tokenizer is None:
         print(
             "no tokenizer.json or tokenizer.model there: evaluating, generating and training need one", file=sys.stderr

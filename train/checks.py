@@ -140,6 +140,7 @@ def _check_sight(experiment: Experiment) -> None:
     _at_least(1, {f"data.{field}": getattr(data, field) for field in ("images", "max_tiles", "patches")})
     _at_least(0, {"data.frames": data.frames})
     _one_of("data.image_fit", data.image_fit, ("squash", "pad", "crop", "tiles", "native"))
+    _one_of("data.image_resample", data.image_resample, ("bicubic", "bilinear"))
     packs = model.fusion == "merge" and model.vision.encoder == "vit" and model.vision.stem == "patches"
     if data.image_fit == "native" and not (packs and model.vision.positions in ("rope", "sincos")):
         raise UserError(

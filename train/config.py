@@ -32,6 +32,7 @@ class DataConfig:
     target_context: int = 0  # tokens of a sequence_to_sequence target; 0: data.context
     images: int = 1  # images per row, at most (of a model that sees); train.data.conversations says what is read
     image_fit: str = "squash"  # how images are made to fit: squash, pad, crop, tiles, native (train.data.image_inputs)
+    image_resample: str = "bicubic"  # the filter of their resizing, or bilinear; antialiased, as Pillow's
     max_tiles: int = 4  # of tiles: most of one image, beside its overview
     patches: int = 256  # of native: patches of all images of a row, at most
     max_megapixels: float = 40.0  # of an image, 10^6 pixels: larger ones are bad records

@@ -56,4 +56,5 @@ FAMILY = Family(
     prefix="",
     ignored=IDLE,
     objective="contrastive",
+    image_processor="CLIP",
 )

@@ -229,6 +229,7 @@ FAMILIES = tuple(
             "lm_head.weight": "lm_head.additional_fc.weight",
         },
         objective="conversation",
+        image_processor="Idefics",
     )
     for alpha, rank in ALPHAS.items()
 )

@@ -88,4 +88,5 @@ FAMILY = Family(
     ignored=rf"{IDLE}|.*\.rotary_emb\.inv_freq",
     renamed=multimodal.RENAMED,
     objective="conversation",
+    image_processor="Llava",
 )

@@ -74,6 +74,7 @@ class Family:
       joined: tensors whose further rows are, in files that have it, in another tensor: that one's name by theirs.
       head: a tensor of the file that is there where the head is not tied, whatever config.json says; "": it knows.
       objective: what the model was made to learn (`train.objectives.OBJECTIVES`).
+      image_processor: what prepares its images (`model.families.image_processor.PROCESSORS`); "": rows hold none.
     """
 
     architectures: tuple[str, ...]
@@ -90,6 +91,7 @@ class Family:
     joined: dict[str, str] = dataclasses.field(default_factory=dict)
     head: str = ""
     objective: str = "next_token"
+    image_processor: str = ""
 
 
 class Element(NamedTuple):

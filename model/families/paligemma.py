@@ -67,4 +67,5 @@ FAMILY = Family(
     ignored=rf"{IDLE}|.*\.rotary_emb\.inv_freq",
     renamed=multimodal.RENAMED,
     objective="conversation",
+    image_processor="Siglip",
 )

@@ -116,4 +116,5 @@ FAMILY = Family(
     prefix="resnet.",
     ignored=r".*\.num_batches_tracked",
     objective="image_classification",
+    image_processor="ConvNext",
 )

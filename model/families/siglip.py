@@ -78,4 +78,5 @@ FAMILY = Family(
     prefix="",
     ignored=IDLE,
     objective="contrastive",
+    image_processor="Siglip",
 )

@@ -227,4 +227,5 @@ FAMILY = Family(
     prefix="vit.",
     ignored=r"vit\.pooler\.dense\.(weight|bias)",
     objective="image_classification",
+    image_processor="ViT",
 )

@@ -506,6 +506,7 @@ def test_a_file_that_has_no_directory_is_refused_before_the_work(module, flag):
         ({"data": {"context": 3}}, "data.context=3: one image takes 4 tokens"),
         ({"data": {"image_fit": "native"}}, "data.image_fit='native': needs"),
         ({"data": {"image_fit": "stretch"}}, "data.image_fit='stretch': valid: squash"),
+        ({"data": {"image_resample": "nearest"}}, "data.image_resample='nearest': valid: bicubic, bilinear"),
         ({"data": {"user_format": "Q"}}, "data.user_format='Q': must hold {} once"),
         ({"data": {"user_format": "<image>{}"}}, "<image> stands in the text of a turn, not here"),
         ({"data": {"max_megapixels": 0.0}}, "data.max_megapixels=0.0: must be positive"),

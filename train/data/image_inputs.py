@@ -2,7 +2,8 @@
 
 data.image_fit: "squash", "pad" and "crop" make every image one of model.vision.image_size (and image_width). "tiles"
 makes several squares of one, an overview first (LLaVA-NeXT). "native" keeps sizes, up to data.patches patches in all
-the images of a row, and packs them (Qwen2-VL). An animated file is data.frames images with times, or its first frame.
+the images of a row, and packs them (Qwen2-VL). All of them resize by data.image_resample. An animated file is
+data.frames images with times, or its first frame.
 
 Legend: N images of a row, S pixels of a side, M patches of a row, P pixels of a patch's side, f neighbours that become
 one vector.
@@ -110,7 +111,7 @@ def _with_tiles(
 ) -> tuple[Conversation, list[np.ndarray]]:
     most = range(1, data.max_tiles + 1)
     grids = [(rows, columns) for rows in most for columns in most if rows * columns <= data.max_tiles]
-    tiles = [image_layout.tiles(image, model.vision.image_size, grids) for image in decoded]
+    tiles = [image_layout.tiles(image, model.vision.image_size, grids, method=data.image_resample) for image in decoded]
     images = [tile for of_image in tiles for tile in of_image]
     expanded = _expanded(conversation, [len(of_image) for of_image in tiles])
     times = [time for time, of_image in zip(conversation.times, tiles, strict=False) for _ in of_image]
@@ -124,7 +125,7 @@ def _whole(key: str, decoded: list[np.ndarray], data: DataConfig, model: ModelCo
     images, there = np.zeros((data.images, *sides, channels), np.uint8), np.zeros(data.images, np.int32)
     for number, image in enumerate(decoded):
         with _of(key, number + 1):
-            images[number], there[number] = _channels(fit(image, *sides, how), channels), 1
+            images[number], there[number] = _channels(fit(image, *sides, how, method=data.image_resample), channels), 1
     return {"images": images, "image_segments": there}
 
 
@@ -156,7 +157,8 @@ def _packed(
     for number, image in enumerate(decoded, start=1):
         with _of(key, number):
             height, width = image_layout.smart_resize(*image.shape[:2], factor, factor**2, each * side**2)
-        cut, grid = image_layout.patches(_channels(resize(image, height, width), vision.channels), side)
+        resized = resize(image, height, width, data.image_resample)
+        cut, grid = image_layout.patches(_channels(resized, vision.channels), side)
         if start + len(cut) > length:
             raise UserError(f"{key}: its images take {start + len(cut)} patches and more; data.patches={length}")
         where = np.indices(grid).reshape(2, -1).T

@@ -51,6 +51,18 @@ def test_squares():
     assert not fields["images"][2:].any()
 
 
+@pytest.mark.parametrize("how", ["squash", "pad", "crop", "tiles", "native"])
+def test_every_fit_resizes_with_the_filter_that_is_asked_for(how):
+    image, found = noise(30, 45), {}
+    for name in ("bicubic", "bilinear"):
+        data = dataclasses.replace(DATA, image_fit=how, image_resample=name, images=8, patches=64)
+        found[name] = look(about(image), data, MODEL).fields["images"]
+        if how == "squash":
+            wanted = Image.fromarray(image).resize((16, 16), getattr(Image.Resampling, name.upper()))
+            np.testing.assert_array_equal(found[name][0], np.asarray(wanted))
+    assert (found["bicubic"] != found["bilinear"]).any()
+
+
 def test_one_channel_is_the_mean_of_three():
     grey = dataclasses.replace(MODEL, vision=dataclasses.replace(VISION, channels=1))
     images = look(about(noise(16, 16)), DATA, grey).fields["images"]
