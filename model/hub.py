@@ -130,6 +130,7 @@ def import_model(source: pathlib.Path, workdir: pathlib.Path, dtype: str) -> Non
 
     from model.families import image_processor
     from model.load import shapes
+    from model.resnet import FIXED_STATISTICS
     from model.safetensors import DTYPES, Spec, whole_directory, write_file
     from train import checkpoint, manifest
     from train.config import DataConfig, Experiment, ObjectiveConfig
@@ -184,8 +185,8 @@ def import_model(source: pathlib.Path, workdir: pathlib.Path, dtype: str) -> Non
         (made / PEER).mkdir()
         _hand_on(source, made / PEER)
         shutil.copyfile(source / "config.json", made / PEER / "config.json")
-    # The fixed statistics of a batch normalisation are no parameters; published counts leave them out too.
-    count = sum(int(np.prod(shape)) for name, shape in sizes.items() if not name.endswith((".mean", ".variance")))
+    # As published counts do, without what no training moves.
+    count = sum(int(np.prod(shape)) for name, shape in sizes.items() if name.split(".")[-1] not in FIXED_STATISTICS)
     print(f"{opened.family.architectures[0]}: {count:,} parameters in {dtype}, from {source} to {workdir}")
     if images:
         print(images)

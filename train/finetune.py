@@ -33,7 +33,8 @@ if __name__ == "__main__":
 # of DataConfig: the base decides
 TOKENIZER_FIELDS = ("tokenizer", "bpe_vocab_size")
 # of DataConfig: the base's, where the experiment has the default
-CONVERSATION_FIELDS = ("images", "image_fit", "max_tiles", "patches", "frames", "user_format", "assistant_format")
+CONVERSATION_FIELDS = ("images", "image_fit", "image_resample", "max_tiles", "patches", "frames")
+CONVERSATION_FIELDS += ("user_format", "assistant_format")
 
 
 def main() -> int:
