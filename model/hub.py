@@ -300,8 +300,7 @@ def run_model(source: pathlib.Path, inputs_file: pathlib.Path, out: pathlib.Path
     from tpu.mesh import make_mesh
     from train.config import MeshConfig
 
-    if not out.absolute().parent.is_dir():
-        raise UserError(f"out={out}: its directory does not exist")
+    entry.need_directory(out=str(out))
     try:
         with np.load(inputs_file, allow_pickle=False) as file:
             inputs = dict(file)

@@ -228,6 +228,7 @@ def main() -> int:
     experiment = entry.experiment_from_flags()
     topology = "gpu" if options.platform == "gpu" else options.topology
     entry.need(topology=topology)
+    entry.need_directory(json=options.json)
     prepare(topology)
     slices = options.slices or experiment.mesh.slices
     if slices > 1 and topology.startswith(("gpu", "cpu")):

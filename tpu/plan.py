@@ -223,6 +223,7 @@ def main() -> int:
     options = entry.FLAGS
     experiment = entry.experiment_from_flags()
     entry.need(topology=options.topology)
+    entry.need_directory(json=options.json)
     topology = parse_topology(options.topology)
     if topology.chip is None:
         raise UserError(f"--topology={options.topology}: a plan is for TPUs, such as v5p:8x8x8")

@@ -40,6 +40,7 @@ if __name__ == "__main__":
 def main() -> int:
     """Measures --config."""
     experiment = entry.experiment_from_flags()
+    entry.need_directory(json=entry.FLAGS.json)
     started = time.perf_counter()
     host.keep_freed_memory()
     backend = host.start_backend(compilation_cache=False)

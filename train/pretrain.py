@@ -52,6 +52,7 @@ def main() -> int:
 def start(experiment: Experiment, base: Base | None = None) -> int:
     """Shows what the experiment amounts to (--dry_run), or trains it in --workdir; returns the exit status."""
     if entry.FLAGS.dry_run:
+        entry.need_directory(json=entry.FLAGS.json)
         from train.summary import print_summary, summarize
 
         figures = summarize(experiment)

@@ -320,6 +320,7 @@ def test_the_bubble_of_a_pipeline_is_reported(config):
         (("--platform=gpu",), "jax finds no GPU here"),
         (("--topology=cpu:4", "--slices=2"), "only TPUs come in slices"),
         (("--topology=cpu:1", "--decode", "--context=4096", "--config.model.positions=learned"), "--context=4096"),
+        (("--topology=cpu:1", "--json=nowhere/report.json"), "json=nowhere/report.json: its directory does not exist"),
     ],
 )
 def test_mistakes_are_one_line(config, arguments, message):
