@@ -166,6 +166,8 @@ class TfdsImages:
             raise UserError(f"{place}: cannot be read ({error})") from error
         text = record[self._text_field]
         if self._label_name:
+            if text < 0:
+                raise UserError(f"{place}: text_field={self._text_field!r} is {text}, no label")
             text = self._label_name(int(text)).encode()
         if not isinstance(text, bytes):
             raise UserError(

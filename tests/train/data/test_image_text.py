@@ -242,7 +242,15 @@ def tfds_folder(tmp_path_factory):
                 file = io.BytesIO()
                 Image.fromarray(np.full((2, 3, 3), number, np.uint8)).save(file, "png")
                 file.seek(0)
-                yield number, {"image": file, "caption": f"café {number}", "label": number % 2, "id": number}
+                yield (
+                    number,
+                    {
+                        "image": file,
+                        "caption": f"café {number}",
+                        "label": number % 2 if number < 6 else -1,
+                        "id": number,
+                    },
+                )
 
     folder = tmp_path_factory.mktemp("tfds")
     TinyImages(data_dir=folder, file_format="array_record").download_and_prepare()
@@ -275,6 +283,8 @@ def test_tensorflow_datasets_without_tensorflow(tfds_folder):
     assert len({source.key(i) for i in range(6)}) == 6
     assert open_source("tfds:tiny_images:validation", data)[0].turns[1].text == "café 9"
     assert len(open_source("tfds:tiny_images:train[:2]", data)) == 2
+    with pytest.raises(UserError, match="tfds:tiny_images:validation, record 1: text_field='label' is -1, no label"):
+        open_source("tfds:tiny_images:validation", data, text_field="label")[0]
     assert source.digest == labels.digest
     with pytest.raises(IndexError):
         source[6]
