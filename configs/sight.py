@@ -95,6 +95,9 @@ def get_config(argument: str = "merge,questions") -> Experiment:
 
 
 def _vision(fusion: str) -> VisionConfig:
+    streams = {"connections": 3, "connection_heads": 4} if fusion in STREAMS else {}
+    if fusion == "tangled":  # One action is all that a token would find of an image, whatever it looks for.
+        streams |= {"actions": 16, "tangled": "paper"}
     return VisionConfig(
         encoder="vit",
         image_size=64,
@@ -106,8 +109,5 @@ def _vision(fusion: str) -> VisionConfig:
         connector="pixel_shuffle",
         image_positions=0 if fusion == "merge" else 4,
         qk_norm=fusion != "merge",
-        connections=3,
-        connection_heads=4,
-        actions=16,  # One alone is all that a token finds of an image, whatever it looks for; 16 vectors have 16.
-        tangled="paper",
+        **streams,
     )

@@ -46,6 +46,8 @@ OF_FUSIONS = {
     "mask": ("merge",),
     **dict.fromkeys(("every", "sees", "gate_per_channel"), ("cross",)),
     "qk_norm": ("cross", "co", "tangled"),
+    **dict.fromkeys(("connections", "connection_heads"), ("co", "tangled")),
+    **dict.fromkeys(("actions", "tangled"), ("tangled",)),
     **dict.fromkeys(("similarity", "projection_dim", "text_pool"), ("contrastive",)),
 }
 NOT_NEGATIVE = (

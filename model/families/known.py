@@ -172,8 +172,7 @@ def _bare_vision(model: ModelConfig) -> dict[str, Any]:
         ("connector_layers", "connector_heads", "connector_head_dim"): connects and perceives,
         ("image_token",): fusion == "merge",
         ("offset",): fusion == "cross",
-        ("connections", "connection_heads", "connection_dim"): fusion in ("co", "tangled"),
-        ("tangled", "actions"): fusion == "tangled",
+        ("connection_dim",): fusion in ("co", "tangled"),
     }
     with_effect |= {(name,): fusion in fusions for name, fusions in OF_FUSIONS.items()}
     sees = vision.encoder != "none"

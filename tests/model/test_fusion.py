@@ -54,7 +54,8 @@ def configured(fusion: str, **fields: Any) -> ModelConfig:
     own = {field.name for field in dataclasses.fields(VisionConfig)} - {
         field.name for field in dataclasses.fields(ModelConfig)
     }
-    vision = EYE | {"connection_heads": 2, "connector_heads": 2, "connector_layers": 1}
+    vision = EYE | {"connector_heads": 2, "connector_layers": 1}
+    vision |= {"connection_heads": 2} if fusion in ("co", "tangled") else {}
     vision |= {name: fields.pop(name) for name in tuple(fields) if name in own}
     vision["qk_norm"] = fields.pop("qk_norm_images", False)
     config = ModelConfig(**SHAPE | fields, fusion=fusion, vision=VisionConfig(**vision))
@@ -275,11 +276,13 @@ def configs(draw: st.DrawFn) -> ModelConfig:
         "layer_loop": draw(st.sampled_from(["scan", "unroll"])),
         "connector": connector,
         "latents": 2,
-        "actions": 1 if connector in ("average_pool", "merger") else draw(st.sampled_from([1, 2])),
-        "tangled": draw(st.sampled_from(["code", "paper"])),
-        "connections": connections,
         "image_positions": draw(st.sampled_from([0, 3])),
     }
+    if fusion in ("co", "tangled"):
+        fields["connections"] = connections
+    if fusion == "tangled":
+        fields["tangled"] = draw(st.sampled_from(["code", "paper"]))
+        fields["actions"] = 1 if connector in ("average_pool", "merger") else draw(st.sampled_from([1, 2]))
     if fusion == "merge":
         fields["mask"] = draw(st.sampled_from(["causal", "prefix", "images"]))
     if fusion == "cross":
@@ -441,6 +444,10 @@ EFFECTS = {  # of model.vision: a value that is no default, and the fusions in w
     "sees": ("last", ("cross",)),
     "gate_per_channel": (True, ("cross",)),
     "qk_norm_images": (True, ("cross", "co", "tangled")),
+    "connections": (1, ("co", "tangled")),
+    "connection_heads": (4, ("co", "tangled")),
+    "actions": (2, ("tangled",)),
+    "tangled": ("paper", ("tangled",)),
     "similarity": ("sigmoid", ("contrastive",)),
     "projection_dim": (4, ("contrastive",)),
     "text_pool": ("last", ("contrastive",)),

@@ -43,7 +43,8 @@ VIT = {"encoder": "vit", "image_size": 32, "patch_size": 16, "layers": 1, "embed
 
 
 def experiment(fusion: str = "merge", **branches: dict[str, Any]) -> Experiment:
-    vision = VisionConfig(**VIT, connections=1, connection_heads=2) if fusion != "none" else VisionConfig()
+    streams = {"connections": 1, "connection_heads": 2} if fusion in ("co", "tangled") else {}
+    vision = VisionConfig(**VIT, **streams) if fusion != "none" else VisionConfig()
     base = Experiment(
         name="tiny",
         model=ModelConfig(vocab_size=257, layers=2, embed_dim=16, heads=2, fusion=fusion, vision=vision),
