@@ -6,6 +6,7 @@ import dataclasses
 import html
 import json
 import re
+import runpy
 import subprocess
 import sys
 from collections import Counter
@@ -406,6 +407,13 @@ def test_contrastive_training_and_retrieval(tmp_path):
     assert sum(shares.values()) == pytest.approx(1, abs=1e-5)
     first, second = sorted(shares, key=shares.get, reverse=True)
     assert [line.split("%  ")[1] for line in done.stdout.splitlines()[1:]] == [first, second]
+
+
+@pytest.mark.slow
+def test_a_vit_learns_to_read_digits(tmp_path):
+    measure = runpy.run_path(str(ROOT / "docs" / "sight_table.py"))["digits"]
+    found = measure(tmp_path, 0)
+    assert found["score"] >= 0.97 > 0.2 > found["control"]
 
 
 @pytest.mark.parametrize(
