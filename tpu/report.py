@@ -63,7 +63,7 @@ class Report:
     matmul_flops_per_chip: int
     kernel_flops_per_chip: int  # of attention and of grouped products
     kernels: list[dict[str, Any]]
-    model_flops: int  # of all chips, as train.summary counts them
+    model_flops: int  # of all chips, as train.flops counts them
     compiler_seconds: float | None  # libtpu's estimated cycles over the clock; neither collectives nor kernels
     roofline: dict[str, Any] | None
     step_seconds: float | None  # the mean of all, where one in `exchange_every` differs

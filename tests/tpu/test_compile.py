@@ -270,7 +270,8 @@ def test_a_step_with_images_compiles(tmp_path, fusion):
     text = run(f"--config=configs/sight.py:{fusion},text", *shape, *layout, f"--json={path}")
     assert text.returncode == 0, text.stderr
     alone = json.loads(path.read_text())
-    assert found["matmul_flops_per_chip"] > 1.05 * alone["matmul_flops_per_chip"]
+    counted = (found["model_flops"] - alone["model_flops"]) / found["chips"]
+    assert found["matmul_flops_per_chip"] - alone["matmul_flops_per_chip"] > 0.5 * counted > 0  # some parts are frozen
     assert found["bytes_per_chip"]["weights"] > alone["bytes_per_chip"]["weights"]
 
 
