@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import dataclasses
 import getpass
+import importlib.util
 import json
 import os
 import random
 import shutil
+import sys
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -47,6 +49,19 @@ def pytest_unconfigure() -> None:
     """Removes this session's caches."""
     if "PYTEST_XDIST_WORKER" not in os.environ:
         shutil.rmtree(os.environ["FOURSIGHT_CACHE"], ignore_errors=True)
+
+
+@pytest.fixture(scope="session")
+def peers_python() -> str:
+    """A Python that has torch and transformers: that which FOURSIGHT_PEERS_PYTHON names, or this one.
+
+    Skips where there is none.
+    """
+    if python := os.environ.get("FOURSIGHT_PEERS_PYTHON"):
+        return python
+    if not all(importlib.util.find_spec(name) for name in ("torch", "transformers")):
+        pytest.skip("torch and transformers are not installed, and FOURSIGHT_PEERS_PYTHON names no Python with them")
+    return sys.executable
 
 
 @pytest.fixture(scope="session")

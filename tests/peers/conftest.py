@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import importlib.util
-import os
 import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -13,19 +10,12 @@ import pytest
 
 
 @pytest.fixture(scope="session")
-def peers() -> Callable[..., str]:
-    """Runs a script of this directory, with arguments, in a Python that has torch and transformers: what it prints.
-
-    Skips where there is none: neither this one nor that which FOURSIGHT_PEERS_PYTHON names.
-    """
-    python = os.environ.get("FOURSIGHT_PEERS_PYTHON")
-    if not python and all(importlib.util.find_spec(name) for name in ("torch", "transformers")):
-        python = sys.executable
-    if not python:
-        pytest.skip("torch and transformers are not installed, and FOURSIGHT_PEERS_PYTHON names no Python with them")
+def peers(peers_python: str) -> Callable[..., str]:
+    """Runs a script of this directory, with arguments, in a Python that has torch and transformers: what it prints."""
 
     def run(script: str, *arguments: str) -> str:
-        done = subprocess.run([python, str(Path(__file__).parent / script), *arguments], capture_output=True, text=True)
+        command = [peers_python, str(Path(__file__).parent / script), *arguments]
+        done = subprocess.run(command, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
         return done.stdout
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
@@ -12,21 +11,16 @@ import pytest
 
 
 @pytest.fixture
-def peer(tmp_path: Path) -> Callable[..., dict[str, np.ndarray]]:
+def peer(tmp_path: Path, peers_python: str) -> Callable[..., dict[str, np.ndarray]]:
     """Runs Python code that turns the arrays `given` into a dictionary `found`, where torch and transformers are.
 
-    Skips unless FOURSIGHT_PEERS_PYTHON names such a Python: the results recorded in the tests are compared always.
+    The results recorded in the tests are compared always.
     """
-    python = os.environ.get("FOURSIGHT_PEERS_PYTHON")
-    if not python:
-        pytest.skip(
-            "FOURSIGHT_PEERS_PYTHON names no Python with torch and transformers; recorded results were compared"
-        )
 
     def run(code: str, **given: np.ndarray) -> dict[str, np.ndarray]:
         np.savez(tmp_path / "given.npz", **given)
         begin = "import sys, numpy as np\ngiven = dict(np.load(sys.argv[1]))\n"
-        command = [python, "-c", f"{begin}{code}\nnp.savez(sys.argv[2], **found)"]
+        command = [peers_python, "-c", f"{begin}{code}\nnp.savez(sys.argv[2], **found)"]
         command += [str(tmp_path / "given.npz"), str(tmp_path / "found.npz")]
         done = subprocess.run(command, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
