@@ -13,7 +13,7 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.11",
     packages=find_packages(include=["configs", "model*", "serve*", "tpu*", "train*"]),
-    package_data={"tpu": ["prices.json"]},
+    package_data={"tpu.compile": ["prices.json"]},
     install_requires=[
         "jax>=0.10",
         "flax>=0.12",

@@ -5,13 +5,13 @@
         --config.data.sources="('reviews.jsonl',)" --config.model.labels=2
 
 The task is any objective of an encoder: classification, regression, multi_label, token_classification, span. Records
-are lines such as {"text": "...", "label": "good"}; train/data/labelled.py says what a label is for each.
+are lines such as {"text": "...", "label": "good"}; train/data/text/labelled.py says what a label is for each.
 """
 
 from model.config import ModelConfig
 from tpu.errors import UserError
 from train.config import DataConfig, Experiment, ObjectiveConfig, OptimizerConfig, RunConfig
-from train.objectives import OBJECTIVES
+from train.objectives.table import OBJECTIVES
 
 # vocab_size, layers, embed_dim, heads, context, batch, steps, learning rate, dropout
 SIZES = {

@@ -9,7 +9,7 @@ SigLIP's loss. The others are the papers' shapes and batches.
 """
 
 from model.config import ModelConfig
-from model.vision_config import VisionConfig
+from model.fields.vision import VisionConfig
 from tpu.errors import UserError
 from train.config import DataConfig, Experiment, MeshConfig, ObjectiveConfig, OptimizerConfig, RunConfig
 

@@ -17,7 +17,7 @@ weights, 64 latents per image, and cross-attention before every eighth layer. It
 """
 
 from model.config import ModelConfig
-from model.vision_config import VisionConfig
+from model.fields.vision import VisionConfig
 from tpu.errors import UserError
 from train.config import DataConfig, Experiment, LossConfig, MeshConfig, ObjectiveConfig, OptimizerConfig, RunConfig
 

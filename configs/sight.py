@@ -11,12 +11,12 @@ The first argument is the fusion: merge, cross, co or tangled. The second is the
 goes on, because training on questions from the start stalls; the text learns to say and to reason about what it will
 see. co and tangled go on from the text and the image encoder that cross has trained on captions, and the encoder stays
 as it is: ViLBERT and ActBERT, too, look through a detector that was trained before. Pictures are made as they are
-needed (train.data.made). `python docs/sight_table.py` trains and measures all of them; docs/sight.md says what has been
+needed (made). `python docs/sight_table.py` trains and measures all of them; docs/sight.md says what has been
 reached.
 """
 
 from model.config import ModelConfig
-from model.vision_config import VisionConfig
+from model.fields.vision import VisionConfig
 from tpu.errors import UserError
 from train.config import DataConfig, Experiment, ObjectiveConfig, OptimizerConfig, RunConfig
 

@@ -8,11 +8,11 @@
 
 The recipe of LLaVA (arXiv:2304.08485, section 4.2): a language model first, as the quick start's, here on what is said
 about pictures too; then, with the language model frozen, the image encoder and the gated cross-attention to it; then
-all of it on captions, and on questions last. Pictures are made as they are needed (train.data.made).
+all of it on captions, and on questions last. Pictures are made as they are needed (train.data.made.made).
 """
 
 from model.config import ModelConfig
-from model.vision_config import VisionConfig
+from model.fields.vision import VisionConfig
 from tpu.errors import UserError
 from train.config import DataConfig, Experiment, ObjectiveConfig, OptimizerConfig, RunConfig
 

@@ -4,11 +4,11 @@
         --config.data.sources="('digits/*.jsonl',)"
     python -m train.pretrain --config=configs/vit.py:b16 --dry_run
 
-A record is an image and its class as the answer, as train.data.image_text reads them; the paper's batches and rates.
+A record is an image and its class as the answer, as train.data.chat.sources reads them; the paper's batches and rates.
 """
 
 from model.config import ModelConfig
-from model.vision_config import VisionConfig
+from model.fields.vision import VisionConfig
 from tpu.errors import UserError
 from train.config import DataConfig, Experiment, MeshConfig, ObjectiveConfig, OptimizerConfig, RunConfig
 

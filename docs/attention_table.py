@@ -28,11 +28,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from model import kinds
-from model.attention import Place, attend, plain_attention, visible
-from model.block_sparse_attention import SparsePattern, block_sparse_attention
+from model.attention.attend import attend, plain_attention
+from model.attention.block_sparse_attention import SparsePattern, block_sparse_attention
+from model.attention.linear_attention import linear_attention
 from model.config import ModelConfig
-from model.decode import advance, prefill
-from model.linear_attention import linear_attention
+from model.generate.decode import advance, prefill
+from model.place import Place, visible
 from model.transformer import Weights, bind
 
 PAGE, KINDS_PAGE = (pathlib.Path(__file__).with_name(name) for name in ("attention.md", "models.md"))

@@ -84,7 +84,7 @@ if __name__ == "__main__":
 
 def experiment_of(row: str) -> Any:
     """The experiment of a row. GPT-3's vocabulary is padded to 50,304, as MaxText's is."""
-    from tpu.plan import overridden
+    from tpu.plan.__main__ import overridden
 
     path, argument = ROWS[row][0].split(":")
     spec = importlib.util.spec_from_file_location("config", ROOT / "configs" / path)
@@ -107,7 +107,7 @@ def main(_: list[str]) -> None:
     """Prints the table."""
     sys.path.insert(0, str(ROOT))
     if FLAGS.compile:
-        from tpu.compile import compile_step, prepare
+        from tpu.compile.pod import compile_step, prepare
 
         prepare(ROWS[FLAGS.compile][1])
         print(json.dumps(dataclasses.asdict(compile_step(experiment_of(FLAGS.compile), ROWS[FLAGS.compile][1]))))

@@ -237,13 +237,14 @@ def measure(task: Task, name: str, run: pathlib.Path) -> tuple[float, str, float
     import numpy as np
 
     from train.data import pipeline
-    from train.evaluate import held_out_figures
+    from train.data.corpus import load_corpus
+    from train.evaluate.held_out import held_out_figures
     from train.restore import open_checkpoint
 
     trained = open_checkpoint(run)
     experiment = trained.experiment
     data = experiment.data
-    corpus = pipeline.load(data, tokenizer=trained.tokenizer, objective=name, model=experiment.model)
+    corpus = load_corpus(data, tokenizer=trained.tokenizer, objective=name, model=experiment.model)
     transform = pipeline.row_transform(experiment, corpus, held_out=True)
     batches = list(pipeline.held_out_batches(corpus, data, data.batch_size, transform=transform))
     if name == "sequence_to_sequence":
@@ -273,8 +274,8 @@ def exact(trained: Any, batches: list[Any]) -> float:
     import jax.numpy as jnp
     import numpy as np
 
-    from model import decode
-    from model.sampling import Sampling
+    from model.generate import decode
+    from model.generate.sampling import Sampling
 
     config, end = trained.experiment.model, trained.tokenizer.end_of_document
     decoder = decode.make_decoder(config, trained.graphdef, trained.tokenizer.vocab_size, end)

@@ -3,9 +3,9 @@
     python docs/long_context.py [--compile]
 
 Trains a model on rows of 128 tokens of the Python documentation, stretches its rotary positions to 512 and 2,048 by
-every method of model/rope.py, fine-tunes each for a few steps, and prints the perplexity at every distance from the
-beginning of a row, before and after; draws docs/long_context.png. About fifteen minutes on two CPU cores. --compile
-compiles configs/long_context.py for TPUs instead (libtpu is needed, TPUs are not).
+every method of model/positions/rope.py, fine-tunes each for a few steps, and prints the perplexity at every distance
+from the beginning of a row, before and after; draws docs/long_context.png. About fifteen minutes on two CPU cores.
+--compile compiles configs/long_context.py for TPUs instead (libtpu is needed, TPUs are not).
 """
 
 from __future__ import annotations
@@ -75,7 +75,7 @@ def nll_by_position(found: Experiment, weights: Any, corpus: Any, limit: int = 1
     import numpy as np
 
     from model import transformer
-    from model.attention import Place
+    from model.place import Place
 
     graphdef, _, _ = transformer.build(found.model)
 
@@ -129,7 +129,7 @@ def extend() -> str:
 
     from tpu.mesh import make_mesh
     from train.config import MeshConfig
-    from train.data import pipeline
+    from train.data.corpus import load_corpus
 
     lines = ["| rows of | positions | " + " | ".join(f"{a}–{b}" for a, b in itertools.pairwise(EDGES)) + " |"]
     lines.append("|---" * (len(EDGES) + 1) + "|")
@@ -137,12 +137,12 @@ def extend() -> str:
     figure, axes = plt.subplots(1, len(LONG), figsize=(11, 4), sharey=True)
     with jax.set_mesh(mesh):
         short = experiment(SHORT, "none", STEPS, 2e-3)
-        corpus = pipeline.load(short.data)
+        corpus = load_corpus(short.data)
         weights = trained(short, corpus, None, mesh)
         for context, axis in zip(LONG, axes, strict=True):
             for method in METHODS:
                 found = experiment(context, method, FINE_TUNING, 3e-4)
-                corpus = pipeline.load(found.data, tokenizer=corpus.tokenizer)
+                corpus = load_corpus(found.data, tokenizer=corpus.tokenizer)
                 before = nll_by_position(found, weights, corpus)
                 tuned = trained(found, corpus, weights, mesh)
                 for name, nll in (("", before), (", fine-tuned", nll_by_position(found, tuned, corpus))):

@@ -2,7 +2,7 @@
 
     python docs/published_throughput.py
 
-Arithmetic alone (`tpu.forecast`), no compiler; the topology's devices come from libtpu. Models and settings are those
+Arithmetic alone (`forecast`), no compiler; the topology's devices come from libtpu. Models and settings are those
 of MaxText's configs/v5e/*.sh, configs/tpu/v5p/README.md and, for v4, MaxText/configs/1xv4-128.sh and 1xv4-384.sh with
 base.yml as it stood beside them (context 1,024, ReLU, heads of 256, tied head).
 """
@@ -67,15 +67,15 @@ def experiment_of(shape: tuple[Any, ...], rows: int, context: int, remat: str, m
 
 def main() -> None:
     """Prints the table."""
-    from tpu.compile import prepare
+    from tpu.compile.pod import prepare
 
     prepare("v5e:16x16")
     from model import transformer
     from tpu.chips import Topology, parse_topology
-    from tpu.compile import tpu_devices
-    from tpu.forecast import forecast
+    from tpu.compile.pod import tpu_devices
     from tpu.mesh import make_mesh
-    from train.flops import flops_per_token
+    from tpu.plan.forecast import forecast
+    from train.budget.flops import flops_per_token
 
     print("| row | published MFU | forecast MFU | error | forecast limit | GiB per chip |\n|---|---|---|---|---|---|")
     for name, topology, slices, shape, per_chip, context, remat, mesh, published in ROWS:

@@ -64,7 +64,7 @@ def train(run: pathlib.Path, flags: list[str]) -> pathlib.Path:
 
 def held_out(source: str, kind: str = "all") -> list[Any]:
     """The first held-out records of a source, all or those of one kind."""
-    from train.data import made
+    from train.data.made import made
 
     records = (made.make(source, 0, "test", index) for index in itertools.count())
     return list(itertools.islice((record for record in records if kind in ("all", record.kind)), ASKED))
@@ -72,7 +72,7 @@ def held_out(source: str, kind: str = "all") -> list[Any]:
 
 def asker(run: pathlib.Path) -> Callable[[list[Any]], list[str]]:
     """What asks the model of a run."""
-    from train import answers
+    from train.evaluate import answers
     from train.restore import open_checkpoint
 
     opened = open_checkpoint(run)
@@ -82,8 +82,8 @@ def asker(run: pathlib.Path) -> Callable[[list[Any]], list[str]]:
 
 def blind(source: str, asked: list[Any]) -> dict[str, float]:
     """Accuracies of the best guesses without looking, learned from the training questions."""
-    from train import answers
-    from train.data import made
+    from train.data.made import made
+    from train.evaluate import answers
 
     known = [made.make(source, 0, "train", index) for index in range(KNOWN)]
     return answers.accuracies(asked, answers.blind_guesses(known, asked))
@@ -94,7 +94,7 @@ def questions(fusion: str, kind: str) -> Callable[[pathlib.Path, int], dict[str,
     questions of all kinds, how many of each are right."""
 
     def measure(workdir: pathlib.Path, seed: int) -> dict[str, float]:
-        from train import answers
+        from train.evaluate import answers
 
         source, ask = "scenes:question", asker(trained(workdir, seed, fusion, "questions"))
         asked = held_out(source, kind)
@@ -109,7 +109,7 @@ def questions(fusion: str, kind: str) -> Callable[[pathlib.Path, int], dict[str,
 
 def charts(workdir: pathlib.Path, seed: int) -> dict[str, float]:
     """Exact answers after a rationale; the same of an empty picture; how often the whole rationale is right."""
-    from train import answers
+    from train.evaluate import answers
 
     asked, ask = held_out("charts:question"), asker(trained(workdir, seed, "merge", "charts"))
     said = ask(asked)
@@ -127,8 +127,8 @@ def charts(workdir: pathlib.Path, seed: int) -> dict[str, float]:
 def compare(workdir: pathlib.Path, seed: int) -> dict[str, float]:
     """Questions about two pictures that are right both as they are and with the pictures swapped, where that flips the
     answer; the same with pictures shuffled."""
-    from train import answers
-    from train.data.scenes import swapped
+    from train.data.made.scenes import swapped
+    from train.evaluate import answers
 
     asked, ask = held_out("scenes:compare"), asker(trained(workdir, seed, "cross", "compare"))
     asked = [record for record in asked if record.kind == "compare"]
@@ -147,8 +147,8 @@ def compare(workdir: pathlib.Path, seed: int) -> dict[str, float]:
 def clips(workdir: pathlib.Path, seed: int) -> dict[str, float]:
     """Exact descriptions of what moves where, and in which order, the worse of both; of one frame four times, how often
     the direction is right, which is one of four, and the order of two events."""
-    from train import answers
-    from train.data.clips import DIRECTIONS
+    from train.data.made.clips import DIRECTIONS
+    from train.evaluate import answers
 
     asked, ask = held_out("clips:describe"), asker(trained(workdir, seed, "cross", "clips"))
     found = answers.accuracies(asked, ask(asked))
@@ -165,10 +165,10 @@ def clips(workdir: pathlib.Path, seed: int) -> dict[str, float]:
 
 def retrieval(workdir: pathlib.Path, seed: int) -> dict[str, float]:
     """Recall@1 among 100 different captions, the worse of both directions; zero-shot names of a single thing."""
-    from train.data import drawing, made
-    from train.data.scenes import PLACES
+    from train.data.made import drawing, made
+    from train.data.made.scenes import PLACES
+    from train.evaluate.retrieval import class_vectors, embedders, recall_at, zero_shot
     from train.restore import open_checkpoint
-    from train.retrieval import class_vectors, embedders, recall_at, zero_shot
 
     run = train(workdir / f"seed{seed}" / "clip", ["--config=configs/clip.py:scenes", f"--config.run.seed={seed}"])
     opened = open_checkpoint(run)

@@ -11,18 +11,18 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from model.attention import Place
-from model.block import residual
+from model.attention.layer_inputs import LayerInputs
 from model.config import ModelConfig
 from model.dropout import dropout, fold_in
-from model.layer_inputs import LayerInputs
+from model.embedding import Embedding
 from model.linear import Linear, parameter, zeros
 from model.mlp import ACTIVATIONS
 from model.norms import Norm
-from model.positions import sinusoidal
-from model.rope import Rope, rotations
+from model.place import Place
+from model.positions.rope import Rope, rotations
+from model.positions.sinusoidal import sinusoidal
+from model.residual import residual
 from model.stack import Stack
-from model.transformer import Embedding
 
 
 class MaskedHead(nnx.Module):

@@ -4,7 +4,7 @@
 import dataclasses
 import math
 
-from model.vision_config import VisionConfig
+from model.fields.vision import VisionConfig
 from tpu.errors import UserError
 
 CHOICES = {
@@ -97,7 +97,7 @@ class ModelConfig:
     query_scalar: float = 0.0  # scores are divided by its square root; 0: head_dim
     qk_norm: bool = False  # RMSNorm of queries and keys (arXiv:2302.05442)
     qk_norm_over: str = "head_dim"  # or "projection": all heads at once (OLMo 2, arXiv:2501.00656)
-    sparse_block: int = 64  # tokens of a block of a "sparse" layer (model.block_sparse_attention)
+    sparse_block: int = 64  # tokens of a block of a "sparse" layer (model.attention.block_sparse_attention)
     sparse_newest: int = 3  # blocks it sees that end with the query's own
     sparse_first: int = 1  # blocks it sees at the beginning of the document
     sparse_random: int = 2  # older blocks it sees, drawn
@@ -111,7 +111,7 @@ class ModelConfig:
     max_positions: int = 1024  # rows of the learned table
     rope_theta: float = 10_000.0
     rope_interleaved: bool = False  # turns the pairs (2i, 2i + 1) as GPT-J does, not (i, i + head_dim / 2)
-    rope_scaling: str = "none"  # what stretches a trained context (model.rope)
+    rope_scaling: str = "none"  # what stretches a trained context (model.positions.rope)
     rope_factor: float = 1.0  # by how much
     rope_original_context: int = 0  # the trained context; of dynamic, yarn and llama3
     rope_slow: float = 1.0  # yarn, llama3: turns in that context up to which a frequency is divided by rope_factor
@@ -155,11 +155,13 @@ class ModelConfig:
     share_layers: str = "none"  # which layers are one set of weights (model.stack): all, groups, alternate
     share_size: int = 0  # of groups: layers that follow each other and share; of alternate: sets that take turns
     share_rank: int = 0  # of what each layer adds to shared matrices (arXiv:2410.20672); 0: nothing
-    bottleneck_dim: int = 0  # width of the adapters after attention and mlp (model.bottleneck); 0: none
-    prefix_tokens: int = 0  # learned keys and values that every token sees (model.prefix); 0: none
+    bottleneck_dim: int = 0  # width of the adapters after attention and mlp (model.adapters.bottleneck); 0: none
+    prefix_tokens: int = 0  # learned keys and values that every token sees (model.adapters.prefix); 0: none
 
     # Encoders and encoder-decoders (docs/encoders.md)
-    kind: str = "decoder"  # decoder, encoder (model.bert), encoder_decoder (model.encoder_decoder), vision (model.vit)
+    kind: str = (
+        "decoder"  # decoder, encoder (model.bert), encoder_decoder (model.encoder_decoder), vision (model.vision.vit)
+    )
     head: str = "language"  # of an encoder: language (masked tokens), pooled (a label per text), token (one per token)
     labels: int = 0  # outputs of a pooled or token head
     attention_qkv_bias: bool = True  # of an encoder; False: attention_bias is of the output projection only (ViT)

@@ -16,18 +16,18 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from model.attention import Place
-from model.block import residual
-from model.cache import Cache, write_slots
+from model.attention.cache import Cache, write_slots
+from model.attention.cross_attention import Source
+from model.attention.layer_inputs import LayerInputs
 from model.config import ModelConfig
-from model.cross_attention import Source
 from model.dropout import dropout, fold_in
-from model.layer_inputs import LayerInputs
+from model.embedding import Embedding, Head
 from model.norms import Norm
-from model.positions import sinusoidal
-from model.relative_positions import RelativeBias
+from model.place import Place
+from model.positions.relative_positions import RelativeBias
+from model.positions.sinusoidal import sinusoidal
+from model.residual import residual
 from model.stack import Stack
-from model.transformer import Embedding, Head
 
 
 def decoder_config(config: ModelConfig) -> ModelConfig:

@@ -10,10 +10,10 @@ from flax import nnx
 from model import transformer
 from model.bert import Bert
 from model.config import ModelConfig
-from model.contrastive import Contrastive
 from model.encoder_decoder import EncoderDecoder
+from model.fusion.contrastive import Contrastive
 from model.transformer import Transformer, Weights
-from model.vision import ImageClassifier
+from model.vision.image_classifier import ImageClassifier
 
 MAKE: dict[str, type[nnx.Module]] = {
     "decoder": Transformer,

@@ -40,7 +40,7 @@ class Routing(NamedTuple):
     """What the router of one layer did: float32 sums over the tokens that are no padding.
 
     Sums over micro-batches and devices are those of the whole batch, so that losses and figures made of them
-    (`train.balance`) are too. Gradients flow through `probability` and `z`.
+    (`train.optimize.balance`) are too. Gradients flow through `probability` and `z`.
     """
 
     load: jax.Array  # [E] assignments, dropped ones included
@@ -59,7 +59,7 @@ class MoE(nnx.Module):
         draw, shape = initializer(config), (config.embed_dim, config.experts)
         # No "kernel": it is not rounded, nor is anything done to it that is done to those.
         self.router = parameter(rngs, shape, ("embed", "experts"), "float32", lambda k, s: draw(k, s, *shape))
-        # Moved by the load (`train.balance`); its gradient is zero.
+        # Moved by the load (`train.optimize.balance`); its gradient is zero.
         bias = config.router_bias
         self.balance_bias = parameter(rngs, (config.experts,), ("experts",), "float32", zeros) if bias else None
         gated = config.activation in GATED

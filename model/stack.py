@@ -16,14 +16,15 @@ from typing import Any
 import jax
 from flax import nnx
 
-from model.block import Block, residual
+from model.adapters.lora import applied, draw_a, factors
+from model.attention.gated_cross_attention import GatedCrossAttention
+from model.attention.layer_inputs import LayerInputs
+from model.block import Block
 from model.config import ModelConfig
 from model.dropout import fold_in
-from model.gated_cross_attention import GatedCrossAttention
-from model.layer_inputs import LayerInputs
 from model.linear import parameter, zeros
-from model.lora import applied, draw_a, factors
 from model.moe import Routing
+from model.residual import residual
 from tpu import rules
 from tpu.pipeline import pipeline
 
@@ -113,7 +114,7 @@ class Stack(nnx.Module):
         key: jax.Array | None = None,
         part: tuple[int, int] | None = None,
     ) -> tuple[jax.Array, Any, dict[str, Routing]]:
-        """As `Group`, with `cached` the `layers` of a `model.cache.Cache` and every `Routing` stacked [groups, ...].
+        """As `Group`, with `cached` the `layers` of a `Cache` and every `Routing` stacked [groups, ...].
 
         part: which groups to run, from the first to before the second, and whose `cached` are given; None: all.
         """

@@ -37,9 +37,9 @@ def probabilities(
     import numpy as np
 
     from model.transformer import bind
-    from train.data.conversation import IMAGE, Conversation, Turn
-    from train.data.image_inputs import look
-    from train.retrieval import class_vectors, embedders
+    from train.data.chat.record import IMAGE, Conversation, Turn
+    from train.data.images.look import look
+    from train.evaluate.retrieval import class_vectors, embedders
 
     data, model = trained.experiment.data, trained.experiment.model
     if model.fusion != "contrastive":

@@ -30,7 +30,7 @@ from typing import Any, NamedTuple
 
 from tpu.errors import UserError
 
-# What describes a gang where no cluster does; `tpu.gang` sets them.
+# What describes a gang where no cluster does; `tpu.launch.gang` sets them.
 COORDINATOR, PROCESSES, PROCESS = "FOURSIGHT_COORDINATOR", "FOURSIGHT_PROCESSES", "FOURSIGHT_PROCESS"
 HOSTS = "FOURSIGHT_HOSTS"  # 1: all processes run on one host, so that a loopback coordinator will do
 _SLURM = ("SLURM_JOB_ID", "SLURM_STEP_NODELIST", "SLURM_NTASKS", "SLURM_PROCID", "SLURM_LOCALID")

@@ -46,7 +46,7 @@ RULES: dict[str, tuple[str, ...]] = {
     "activation_mlp": ("tensor",),
 }
 
-# The axis along which replicas lie that train by themselves for a while (`train.local_sgd`).
+# The axis along which replicas lie that train by themselves for a while (`train.optimize.local_sgd`).
 REPLICA_AXIS = "data"
 
 # The axes along which the ranks of ZeRO lie (arXiv:1910.02054); stages 1 and 2 keep weights whole along them.

@@ -99,9 +99,9 @@ def training_figures(experiment: Experiment, steps: int, started: float) -> dict
     import jax
 
     from tpu.mesh import make_mesh
-    from train.flops import flops_per_token, shown
+    from train.budget.flops import flops_per_token, shown
+    from train.budget.summary import parameter_counts
     from train.step import make_program
-    from train.summary import parameter_counts
 
     rows, tokens = experiment.data.batch_size, experiment.data.context
     batch = drawn_batch(experiment)
@@ -142,8 +142,8 @@ def decode_figures(
     import numpy as np
 
     from model import transformer
-    from model.decode import decoding_weights, make_decoder, pad_prompts, row_keys, slots_for
-    from model.sampling import Sampling
+    from model.generate.decode import decoding_weights, make_decoder, pad_prompts, row_keys, slots_for
+    from model.generate.sampling import Sampling
 
     config = experiment.model
     config.check_context(prompt_length + new_tokens, "prompt_tokens + new_tokens")

@@ -7,8 +7,8 @@ import re
 from typing import TYPE_CHECKING, Any
 
 from tpu.errors import UserError
-from train.data.conversation import IMAGE
-from train.objectives import OBJECTIVES
+from train.data.chat.record import IMAGE
+from train.objectives.table import OBJECTIVES
 
 if TYPE_CHECKING:
     from train.config import Experiment, OptimizerConfig, RunConfig

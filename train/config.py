@@ -27,11 +27,11 @@ class DataConfig:
     prefetch: int = 4  # batches made ahead
     contiguous: bool = False  # row b of a batch goes on where row b of the batch before ended (for model.memory)
     cache_dir: str = ""  # "": $FOURSIGHT_CACHE, else ~/.cache/foursight
-    label_field: str = "label"  # of labelled records (train.data.labelled)
+    label_field: str = "label"  # of labelled records (train.data.text.labelled)
     pair_field: str = ""  # of labelled records: a second text, such as a question about the first; "": there is none
     target_context: int = 0  # tokens of a sequence_to_sequence target; 0: data.context
-    images: int = 1  # images per row, at most (of a model that sees); train.data.conversations says what is read
-    image_fit: str = "squash"  # how images are made to fit: squash, pad, crop, tiles, native (train.data.image_inputs)
+    images: int = 1  # images per row, at most (of a model that sees); train.data.chat.rows says what is read
+    image_fit: str = "squash"  # how images are made to fit: squash, pad, crop, tiles, native (train.data.images.look)
     image_resample: str = "bicubic"  # the filter of their resizing, or bilinear; antialiased, as Pillow's
     max_tiles: int = 4  # of tiles: most of one image, beside its overview
     patches: int = 256  # of native: patches of all images of a row, at most
@@ -71,7 +71,7 @@ class LossConfig:
 
     label_smoothing: float = 0.0
     z_loss: float = 0.0  # weight of log(Z)^2 (PaLM, arXiv:2204.02311, section 5)
-    balance_loss: float = 0.0  # weight of the experts' load-balance loss (Switch: 0.01); see train.balance
+    balance_loss: float = 0.0  # weight of the experts' load-balance loss (Switch: 0.01); see train.optimize.balance
     router_z_loss: float = 0.0  # weight of the routers' z-loss (ST-MoE: 0.001)
     chunk_tokens: int = 0  # tokens whose logits exist at one time; 0: as many as make 64 MiB of logits
 
@@ -157,7 +157,7 @@ class RunConfig:
 
 @dataclasses.dataclass
 class AdapterConfig:
-    """What is trained beside frozen weights, by `train.finetune` (see train.adapter_weights)."""
+    """What is trained beside frozen weights, by `train.finetune` (see train.adapter.weights)."""
 
     kind: str = "none"  # lora, dora, bottleneck, prefix, bias (BitFit); none: all weights are trained
     targets: tuple[str, ...] = (r"attention\.(query|value)$",)  # of lora, dora: patterns, found in the matrices' paths

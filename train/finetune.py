@@ -21,7 +21,7 @@ from train import entry
 from train.config import ADDED_FIELDS, DataConfig, Experiment
 
 if TYPE_CHECKING:
-    from train.adapter_base import Base
+    from train.adapter.frozen import Base
 
 if __name__ == "__main__":
     entry.define_config()
@@ -44,7 +44,7 @@ def main() -> int:
     if not options.dry_run:
         entry.need(workdir=options.workdir)
     from train import pretrain
-    from train.adapter_base import open_base
+    from train.adapter.frozen import open_base
 
     base = open_base(options.checkpoint)
     return pretrain.start(on_base(options.config, base), base)

@@ -17,7 +17,7 @@ import jax
 
 from tpu import distributed, host
 from tpu.watchdog import Watchdog
-from train.checkpoint import Checkpointer
+from train.checkpoint.checkpoint import Checkpointer
 from train.config import RunConfig
 from train.metrics import ConsoleProgress, MetricsWriter
 from train.signals import Stop

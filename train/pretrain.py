@@ -29,10 +29,10 @@ from train.config import Experiment, RunConfig
 from train.tree import to_dict
 
 if TYPE_CHECKING:
-    from train.adapter_base import Base
+    from train.adapter.frozen import Base
     from train.data.batch import Batch
-    from train.data.pipeline import Corpus
-    from train.data.tokenizer import Tokenizer
+    from train.data.corpus import Corpus
+    from train.data.text.tokenizer import Tokenizer
     from train.loop import Outcome
     from train.signals import Stop
     from train.workdir import Workdir
@@ -53,7 +53,7 @@ def start(experiment: Experiment, base: Base | None = None) -> int:
     """Shows what the experiment amounts to (--dry_run), or trains it in --workdir; returns the exit status."""
     if entry.FLAGS.dry_run:
         entry.need_directory(json=entry.FLAGS.json)
-        from train.summary import print_summary, summarize
+        from train.budget.summary import print_summary, summarize
 
         figures = summarize(experiment)
         print_summary(experiment, figures)
@@ -81,16 +81,19 @@ def pretrain(experiment: Experiment, workdir: Workdir, stop: Stop, base: Base | 
 
     from tpu.mesh import make_mesh
     from tpu.watchdog import Watchdog
-    from train import checkpoint, loop
-    from train.checkpoint import Checkpointer
-    from train.data import pipeline, tokenizer
-    from train.evaluate import held_out_figures
-    from train.flops import flops_per_token, shown
+    from train import loop
+    from train.budget.flops import flops_per_token, shown
+    from train.budget.summary import parameter_counts
+    from train.checkpoint import checkpoint
+    from train.checkpoint.checkpoint import Checkpointer
+    from train.data import pipeline
+    from train.data.corpus import log_left_out
+    from train.data.text import tokenizer
+    from train.evaluate.held_out import held_out_figures
     from train.metrics import ConsoleProgress, MetricsWriter
-    from train.start import taken_over, tokenizer_of
+    from train.starting_weights import taken_over, tokenizer_of
     from train.state import TrainState
     from train.step import abstract_batch, batch_layout, make_program
-    from train.summary import parameter_counts
     from train.workdir import versions
 
     workdir.check_experiment(experiment)
@@ -163,7 +166,7 @@ def pretrain(experiment: Experiment, workdir: Workdir, stop: Stop, base: Base | 
                 if found is None:
                     return None
                 figures |= {prefix + name: value for name, value in found.items()}
-            pipeline.log_left_out(corpus.held_out)
+            log_left_out(corpus.held_out)
             return figures
 
         peak = host.measured_matmul_rate(model.compute_dtype) if distributed.leads() else 0.0
@@ -212,7 +215,7 @@ def pretrain(experiment: Experiment, workdir: Workdir, stop: Stop, base: Base | 
                     writer.close()
                 batches.close()
                 checkpointer.close()
-    pipeline.log_left_out(corpus.train)
+    log_left_out(corpus.train)
     return _conclude(outcome, workdir, run)
 
 
@@ -221,17 +224,18 @@ def _load_corpus(experiment: Experiment, saved: Tokenizer | None = None) -> Corp
 
     Raises UserError where the sources of two hosts differ.
     """
-    from train.data import pipeline, tokenizer
+    from train.data.corpus import load_corpus
+    from train.data.text import tokenizer
 
     data, asked = experiment.data, {"objective": experiment.objective.name, "model": experiment.model}
     loaded: list[Corpus] = []
 
     def load_first() -> dict[str, Any]:
-        loaded.append(pipeline.load(data, tokenizer=saved, **asked))
+        loaded.append(load_corpus(data, tokenizer=saved, **asked))
         return {"tokenizer": loaded[0].tokenizer.to_dict(), "report": loaded[0].report}
 
     first = distributed.decide(load_first)
-    corpus = loaded[0] if loaded else pipeline.load(data, tokenizer=tokenizer.from_dict(first["tokenizer"]), **asked)
+    corpus = loaded[0] if loaded else load_corpus(data, tokenizer=tokenizer.from_dict(first["tokenizer"]), **asked)
     same = json.dumps(corpus.report) == json.dumps(first["report"])
     if unlike := [process for process, found in enumerate(distributed.gather(same)) if not found]:
         raise UserError(f"data.sources: process {unlike[0]} finds other documents there than process 0")

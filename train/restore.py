@@ -16,10 +16,11 @@ from model.transformer import Weights
 from tpu import host
 from tpu.errors import UserError
 from tpu.mesh import make_mesh
-from train import adapter_weights, checkpoint
-from train.adapter_base import base_of
+from train.adapter import weights as adapter_weights
+from train.adapter.frozen import base_of
+from train.checkpoint import checkpoint
 from train.config import AdapterConfig, Experiment, MeshConfig
-from train.data import tokenizer as tokenizers
+from train.data.text import tokenizer as tokenizers
 from train.step import make_program
 from train.tree import from_dict
 

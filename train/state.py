@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 import jax
 
-from model.memory import Memory
+from model.attention.memory import Memory
 from model.transformer import Weights
 
 Metrics = dict[str, jax.Array]

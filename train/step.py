@@ -19,28 +19,29 @@ from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from model import kinds, transformer
-from model.attention import Place
+from model.attention.memory import Memory, empty_memory
+from model.attention.ring_attention import zigzag
 from model.bert import Bert
-from model.contrastive import Contrastive
 from model.dropout import row_keys
 from model.encoder_decoder import EncoderDecoder
-from model.memory import Memory, empty_memory
-from model.ring_attention import zigzag
+from model.fusion.contrastive import Contrastive
+from model.place import Place
 from model.transformer import Transformer, Weights
-from model.vision import ImageClassifier, Images
+from model.vision.image_classifier import ImageClassifier
+from model.vision.images import Images
 from tpu import rules
 from tpu.errors import UserError
-from train import adapter_weights
-from train.balance import Routings, balance_figures, balance_loss, loads, rebalanced, router_z_loss
+from train.adapter import weights as adapter_weights
 from train.config import Experiment
-from train.contrastive_loss import contrastive_sums
 from train.data.batch import BY_TOKEN, Batch
-from train.label_losses import label_sums
-from train.local_sgd import localize
-from train.loss import cross_entropy
-from train.objectives import LABEL_HEADS, SCORED
-from train.optimizer import ema_update, optimizer
-from train.schedule import schedule
+from train.losses.contrastive import contrastive_sums
+from train.losses.cross_entropy import cross_entropy
+from train.losses.labels import label_sums
+from train.objectives.table import LABEL_HEADS, SCORED
+from train.optimize.balance import Routings, balance_figures, balance_loss, loads, rebalanced, router_z_loss
+from train.optimize.local_sgd import localize
+from train.optimize.optimizer import ema_update, optimizer
+from train.optimize.schedule import schedule
 from train.state import Metrics, TrainState
 
 
@@ -72,7 +73,7 @@ class Sums(NamedTuple):
     """Sums over a batch, float32 scalars: `by_row` to be divided by the rows, the rest by the loss weights."""
 
     trained: jax.Array  # the loss that is trained
-    nll: jax.Array  # negative log-likelihood (nats), or what stands for it (`train.label_losses`)
+    nll: jax.Array  # negative log-likelihood (nats), or what stands for it (`train.losses.labels`)
     by_row: jax.Array | float = 0.0  # next-sentence prediction
     correct: jax.Array | float = 0.0  # right labels
     routings: Routings | None = None  # what the routers of mixtures of experts did
@@ -141,7 +142,7 @@ def loss_sums(
     keys: jax.Array | None,
     memory: Memory | None = None,
 ) -> Sums:
-    """The sums of a batch under an experiment's objective; see `train.loss` and `train.label_losses`.
+    """The sums of a batch under an experiment's objective; see `train.losses.cross_entropy` and `train.losses.labels`.
 
     Args:
       axes: the logical axes of the model's weights.

@@ -9,13 +9,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from model.attention import Place
 from model.bert import Bert
 from model.config import ModelConfig
 from model.families.causal import IGNORED, integers
 from model.families.mapping import Family, Peer
 from model.families.options import ACTIVATIONS, choice, get, only, word
 from model.kinds import build
+from model.place import Place
 from model.transformer import Weights, bind
 from tpu.errors import UserError
 

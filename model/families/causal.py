@@ -11,10 +11,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from model.attention import Place
 from model.config import ModelConfig
-from model.decode import NOTHING_SEEN, Sight, decoding_weights, make_decoder, row_keys, slots_for
-from model.sampling import Sampling
+from model.generate.decode import NOTHING_SEEN, Sight, decoding_weights, make_decoder, row_keys, slots_for
+from model.generate.sampling import Sampling
+from model.place import Place
 from model.transformer import Transformer, Weights, bind, build
 from tpu.errors import UserError
 

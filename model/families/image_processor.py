@@ -11,8 +11,8 @@ import re
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from model.fields.vision import NORMALIZATIONS, VisionConfig
 from model.safetensors import read_json
-from model.vision_config import NORMALIZATIONS, VisionConfig
 from tpu.errors import UserError
 
 

@@ -13,16 +13,16 @@ import jax.numpy as jnp
 import numpy as np
 
 from model.config import ModelConfig
-from model.decode import Sight
 from model.families import causal
 from model.families.causal import INPUTS, described, integers, moved, places, prompt_lengths
 from model.families.mapping import Peer
 from model.families.options import filled, get
 from model.families.vit import pixels
+from model.fields.vision import VisionConfig
+from model.generate.decode import Sight
 from model.kinds import build
 from model.transformer import Weights, bind
-from model.vision import Images
-from model.vision_config import VisionConfig
+from model.vision.images import Images
 from tpu.errors import UserError
 
 BY_TOKEN = {"slots": -1, "seen": 0, "given": 0}  # of `Images`, [B, T] each, and what padding has

@@ -12,15 +12,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from model.attention import Place
 from model.config import ModelConfig
-from model.contrastive import unit
 from model.families.causal import integers
 from model.families.options import filled
 from model.families.towers import CLIP_TEXTS, without_norm
 from model.families.vit import pixels
+from model.fusion.contrastive import unit
 from model.kinds import build
 from model.linear import exact_matmul
+from model.place import Place
 from model.transformer import Weights, bind
 from tpu.errors import UserError
 

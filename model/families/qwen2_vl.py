@@ -20,17 +20,17 @@ import jax.numpy as jnp
 import numpy as np
 
 from model.config import ModelConfig
-from model.decode import Sight
 from model.families import causal, llama, qwen2
 from model.families.mapping import Family, Peer
 from model.families.options import choice, filled, get, only, word
 from model.families.rope_options import read_parameters, write_parameters
 from model.families.towers import TOWER_ACTIVATIONS
 from model.families.vit import named
+from model.fields.vision import VisionConfig
+from model.generate.decode import Sight
 from model.kinds import build
 from model.transformer import Weights, bind
-from model.vision import Images
-from model.vision_config import VisionConfig
+from model.vision.images import Images
 from tpu.errors import UserError
 
 VIT, BLOCK = "vision.encoder.vit", "visual.blocks.{layer}"

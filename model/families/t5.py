@@ -8,14 +8,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from model.attention import Place
 from model.config import ModelConfig
-from model.decode import decoding_weights, make_decoder, row_keys, slots_for
 from model.families.causal import IGNORED, ended, integers
 from model.families.mapping import Family, Peer
 from model.families.options import choice, get, only, word
+from model.generate.decode import decoding_weights, make_decoder, row_keys, slots_for
+from model.generate.sampling import Sampling
 from model.kinds import build
-from model.sampling import Sampling
+from model.place import Place
 from model.transformer import Weights, bind
 from tpu.errors import UserError
 

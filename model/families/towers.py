@@ -12,7 +12,7 @@ from typing import Any
 from model.config import ModelConfig
 from model.families.mapping import Peer
 from model.families.options import ACTIVATIONS, choice, filled, get, only, word
-from model.vision_config import VisionConfig
+from model.fields.vision import VisionConfig
 
 TOWER_ACTIVATIONS = ACTIVATIONS | {"quick_gelu": "quick_gelu"}
 CLIP = {  # what transformers takes for options that are missing

@@ -15,9 +15,9 @@ import numpy as np
 from model.config import ModelConfig
 from model.families.mapping import Family, Peer
 from model.families.options import ACTIVATIONS, choice, get, only, word
+from model.fields.vision import VisionConfig
 from model.kinds import build
 from model.transformer import Weights, bind
-from model.vision_config import VisionConfig
 from tpu.errors import UserError
 
 VIT = "vision.encoder.vit"

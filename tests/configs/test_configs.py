@@ -16,9 +16,9 @@ import pytest
 
 from model.kinds import build
 from tpu.errors import UserError
+from train.budget.summary import summarize
 from train.config import Experiment
 from train.step import frozen_mask
-from train.summary import summarize
 from train.tree import differences, from_dict, to_dict
 
 ROOT = Path(__file__).resolve().parents[2]

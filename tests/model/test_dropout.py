@@ -9,12 +9,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-import model.attention
-import model.block
-from model import transformer
-from model.attention import Place
+from model import block, transformer
+from model.attention import attend
 from model.config import ModelConfig
 from model.dropout import dropout, row_keys
+from model.place import Place
 
 
 @pytest.mark.parametrize("rate", [0.1, 0.5, 0.9])
@@ -67,7 +66,7 @@ def test_every_place_of_every_layer_draws_its_own(monkeypatch):
         drawn.append((rate, jax.random.key_data(key)[0]))
         return dropout(x, rate, key)
 
-    for room in (model.attention, model.block, transformer):
+    for room in (attend, block, transformer):
         monkeypatch.setattr(room, "dropout", recording)
 
     def keys(key: jax.Array) -> list:

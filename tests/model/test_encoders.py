@@ -10,11 +10,11 @@ import numpy as np
 import pytest
 
 from model import kinds, transformer
-from model.attention import Place
-from model.cache import empty_cache
+from model.attention.cache import empty_cache
 from model.config import ModelConfig
 from model.encoder_decoder import decoder_config
-from model.relative_positions import RelativeBias, buckets
+from model.place import Place
+from model.positions.relative_positions import RelativeBias, buckets
 from tpu.errors import UserError
 
 SHARED = {"vocab_size": 23, "layers": 2, "embed_dim": 16, "heads": 4, "init": "fan_in", "init_std": 1.0}

@@ -24,11 +24,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel
 
-from model import alibi, transformer
-from model.attention import Place, attend, visible
-from model.block_sparse_attention import SparsePattern, block_sparse_attention, chosen_blocks, sparse_mask
+from model import transformer
+from model.attention.attend import attend
+from model.attention.block_sparse_attention import SparsePattern, block_sparse_attention, chosen_blocks, sparse_mask
+from model.attention.linear_attention import linear_attention
 from model.config import ModelConfig
-from model.linear_attention import linear_attention
+from model.place import Place, visible
+from model.positions import alibi
 from tpu.errors import UserError
 
 
@@ -293,7 +295,7 @@ def test_block_sparse_attention_grows_linearly_on_a_tpu():
         code = f"""
 import dataclasses, json
 from model.config import ModelConfig
-from tpu.compile import compile_step, prepare
+from tpu.compile.pod import compile_step, prepare
 from train.config import DataConfig, Experiment, MeshConfig
 prepare("v5e:2x2")
 model = ModelConfig(vocab_size=512, layers=2, embed_dim=256, heads=4, pattern=("sparse",), remat="full")

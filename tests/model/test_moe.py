@@ -18,12 +18,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from model import transformer
-from model.attention import Place
-from model.cache import empty_cache
+from model.attention.cache import empty_cache
 from model.config import ModelConfig
 from model.linear import grouped_matmul
 from model.mlp import ACTIVATIONS
 from model.moe import MoE, Routing
+from model.place import Place
 from tpu.errors import UserError
 from tpu.mesh import make_mesh
 from train.config import MeshConfig

@@ -11,14 +11,14 @@ import numpy as np
 import pytest
 
 from model import transformer
-from model.attention import Place
-from model.cache import empty_cache
+from model.adapters.lora import LoRA
+from model.attention.cache import empty_cache
 from model.config import ModelConfig
-from model.decode import decoding_weights
-from model.lora import LoRA
+from model.generate.decode import decoding_weights
+from model.place import Place
 from tpu.errors import UserError
+from train.budget.summary import parameter_counts, summarize
 from train.config import DataConfig, Experiment, MeshConfig
-from train.summary import parameter_counts, summarize
 
 LAYERS, ROWS, TOKENS = 4, 2, 7
 OWN = ModelConfig(vocab_size=13, layers=LAYERS, embed_dim=12, heads=2, activation="swiglu", qk_norm=True)

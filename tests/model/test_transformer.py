@@ -17,9 +17,9 @@ from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 
 from model import transformer
-from model.attention import Place
 from model.config import GATED, ModelConfig
 from model.dropout import row_keys
+from model.place import Place
 
 SMALL = ModelConfig(
     vocab_size=23,

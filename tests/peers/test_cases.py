@@ -20,10 +20,11 @@ import jax
 import numpy as np
 import pytest
 
-from model import hub
 from model.families import causal
+from model.families.load import load, shapes
 from model.families.mapping import export_specs, export_tensor
-from model.load import load, shapes
+from model.hub.export_model import export_model
+from model.hub.import_model import Opened, import_model
 from model.safetensors import open_directory
 from model.transformer import Weights, bind, build
 
@@ -36,14 +37,14 @@ def error(found: np.ndarray, wanted: np.ndarray) -> float:
 
 
 @functools.cache
-def opened(path: Path, mesh: jax.sharding.Mesh) -> tuple[hub.Opened, Any, Weights]:
+def opened(path: Path, mesh: jax.sharding.Mesh) -> tuple[Opened, Any, Weights]:
     """The directory, its placed model and its weights."""
-    directory = hub.Opened(path)
+    directory = Opened(path)
     model = dataclasses.replace(directory.model, compute_dtype="float32").placed("cpu", "float32")
     return directory, model, load(directory.weights, model, mesh)
 
 
-def gradient_norms(directory: hub.Opened, model: Any, gradients: Weights) -> dict[str, float]:
+def gradient_norms(directory: Opened, model: Any, gradients: Weights) -> dict[str, float]:
     """Norms by the names of the peer's tensors."""
     leaves = {
         jax.tree_util.keystr(path, simple=True, separator="."): np.asarray(leaf)
@@ -106,15 +107,15 @@ def test_recorded(path, one_device):
 
 @pytest.mark.parametrize("path", CASES, ids=lambda path: path.name)
 def test_export_gives_back_what_was_imported(path, tmp_path):
-    hub.import_model(path, tmp_path / "workdir", "auto")
-    hub.export_model(tmp_path / "workdir", tmp_path / "exported", None, "auto", 5000, "weights")
+    import_model(path, tmp_path / "workdir", "auto")
+    export_model(tmp_path / "workdir", tmp_path / "exported", None, "auto", 5000, "weights")
     before, after = open_directory(path), open_directory(tmp_path / "exported")
     assert (tmp_path / "exported" / "model.safetensors.index.json").exists()
     assert before.keys() == after.keys()
     for name, tensor in before.items():
         assert tensor.spec == after[name].spec
         assert np.array_equal(tensor.view(), after[name].view()), name
-    assert hub.Opened(tmp_path / "exported").model == hub.Opened(path).model
+    assert Opened(tmp_path / "exported").model == Opened(path).model
 
 
 # Fresh ones
@@ -138,8 +139,8 @@ def test_fresh(fresh, one_device):
 
 def test_exported_directories_load_in_transformers(fresh, peers, tmp_path):
     for path in fresh:
-        hub.import_model(path, tmp_path / path.name, "auto")
-        hub.export_model(tmp_path / path.name, path / "exported", None, "auto", 20_000, "weights")
+        import_model(path, tmp_path / path.name, "auto")
+        export_model(tmp_path / path.name, path / "exported", None, "auto", 20_000, "weights")
     errors = json.loads(peers("record_cases.py", f"--check={fresh[0].parent}"))
     assert errors.keys() == {path.name for path in fresh}
     assert max(errors.values()) <= 1e-6, errors

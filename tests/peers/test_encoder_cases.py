@@ -17,11 +17,13 @@ import jax
 import numpy as np
 import pytest
 
-from model import hub, kinds, transformer
+from model import kinds, transformer
 from model.families import bert, t5
 from model.families.causal import integers
+from model.families.load import load, shapes
 from model.families.mapping import export_specs, export_tensor
-from model.load import load, shapes
+from model.hub.export_model import export_model
+from model.hub.import_model import Opened, import_model
 from model.safetensors import open_directory
 from tests.peers.test_cases import error
 from train.config import DataConfig, Experiment, ObjectiveConfig
@@ -37,7 +39,7 @@ class Case:
     """A case, opened by the hub: experiment, graph, weights, arrays."""
 
     def __init__(self, path: Path, mesh: jax.sharding.Mesh):
-        self.opened = hub.Opened(path)
+        self.opened = Opened(path)
         self.architecture = self.opened.options["architectures"][0]
         with np.load(path / "case.npz") as file:
             self.arrays = {n: a.astype(np.int32) if a.dtype == np.int64 else a for n, a in file.items()}
@@ -166,8 +168,8 @@ def test_the_cases_differ_in_what_matters():
 
 
 def export(path: Path, workdir: Path, target: Path) -> None:
-    hub.import_model(path, workdir, "auto")
-    hub.export_model(workdir, target, None, "auto", 10**9, "weights")
+    import_model(path, workdir, "auto")
+    export_model(workdir, target, None, "auto", 10**9, "weights")
 
 
 @pytest.mark.parametrize("path", [p for p in CASES if p.name.endswith("0") or "T5" in p.name], ids=lambda p: p.name)
@@ -177,7 +179,7 @@ def test_export_gives_back_what_was_imported(path, tmp_path):
     assert before.keys() == after.keys()
     for tensor_name, tensor in before.items():
         assert np.array_equal(tensor.view(), after[tensor_name].view()), tensor_name
-    assert hub.Opened(tmp_path / "exported").model == hub.Opened(path).model
+    assert Opened(tmp_path / "exported").model == Opened(path).model
 
 
 @pytest.fixture(scope="module")

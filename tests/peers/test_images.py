@@ -11,11 +11,11 @@ import pytest
 from model.config import ModelConfig
 from model.families.image_processor import of_directory
 from model.families.known import named
-from model.vision import normalized
-from model.vision_config import VisionConfig
+from model.fields.vision import VisionConfig
+from model.vision.images import normalized
 from train.config import DataConfig
-from train.data.conversation import IMAGE, Conversation, Turn
-from train.data.image_inputs import look
+from train.data.chat.record import IMAGE, Conversation, Turn
+from train.data.images.look import look
 
 NORMALIZATIONS = {"clip": "clip", "llava": "clip", "idefics": "clip", "resnet": "imagenet"}
 

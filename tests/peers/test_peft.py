@@ -17,10 +17,11 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from model import transformer
-from model.attention import Place
 from model.config import ModelConfig
+from model.place import Place
 from tpu.errors import UserError
-from train import adapter_weights, peft
+from train.adapter import peft
+from train.adapter import weights as adapter_weights
 from train.config import AdapterConfig
 
 HERE = Path(__file__).resolve().parent

@@ -20,10 +20,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from model import hub, kinds
-from model.attention import Place
+from model import kinds
 from model.families.known import family_of
-from model.load import shapes
+from model.families.load import shapes
+from model.hub.export_model import KEPT, export_model
+from model.hub.import_model import Opened, import_model
+from model.place import Place
 from model.safetensors import open_directory, write_directory
 from model.transformer import Weights, bind
 from tests.peers.published import PARAMETERS
@@ -47,8 +49,8 @@ def test_recorded(path, one_device):
 
 
 def export(path: Path, workdir: Path, target: Path) -> None:
-    hub.import_model(path, workdir, "auto")
-    hub.export_model(workdir, target, None, "auto", 20_000, "weights")
+    import_model(path, workdir, "auto")
+    export_model(workdir, target, None, "auto", 20_000, "weights")
 
 
 @pytest.mark.parametrize("path", RECORDED, ids=lambda path: path.name)
@@ -59,10 +61,10 @@ def test_export_gives_back_what_was_imported(path, tmp_path):
     for name, tensor in before.items():
         assert tensor.spec == after[name].spec
         assert np.array_equal(tensor.view(), after[name].view()), name
-    one, two = hub.Opened(path), hub.Opened(tmp_path / "exported")
+    one, two = Opened(path), Opened(tmp_path / "exported")
     assert one.model == two.model
     # What a model does not have and its text has: the ids of its ends.
-    kept = lambda options: {n: options[n] for n in hub.KEPT if n in options}  # noqa: E731
+    kept = lambda options: {n: options[n] for n in KEPT if n in options}  # noqa: E731
     assert kept(one.options) == kept(two.options)
     assert kept(one.options.get("text_config", {})) == kept(two.options.get("text_config", {}))
 
@@ -79,7 +81,7 @@ def test_published_configurations_have_the_published_number_of_parameters(name):
 
 
 def test_an_import_counts_what_is_trained_and_not_the_statistics_of_batches(tmp_path, capsys):
-    hub.import_model(CASES / "resnet_0", tmp_path / "workdir", "auto")
+    import_model(CASES / "resnet_0", tmp_path / "workdir", "auto")
     tensors = open_directory(CASES / "resnet_0")
     trained = json.loads((CASES / "resnet_0" / "case.json").read_text())["gradient_norms"]
     count = sum(math.prod(tensors[name].spec.shape) for name in trained)
@@ -116,7 +118,7 @@ MODULES = (
 @pytest.mark.parametrize("renamed", [PUBLISHED, MODULES], ids=["published", "modules"])
 @pytest.mark.parametrize("name", ["llava_0", "paligemma_1", "gemma3_2"])
 def test_files_of_other_versions_hold_the_same_weights(name, renamed, tmp_path):
-    one, two = hub.Opened(CASES / name), hub.Opened(written_as(CASES / name, tmp_path / "renamed", *renamed))
+    one, two = Opened(CASES / name), Opened(written_as(CASES / name, tmp_path / "renamed", *renamed))
     assert one.model == two.model
     for path in shapes(one.model.placed("cpu", "float32")):
         pieces = [list(o.weights.pieces(path, np.dtype(np.float32))) for o in (one, two)]
@@ -133,7 +135,7 @@ def test_a_tensor_by_two_names_is_refused(tmp_path):
     view = lambda name: [tensors[name.replace("vision_model.", "")].view()]  # noqa: E731
     write_directory(path, specs, view, 10**9)
     with pytest.raises(UserError, match=r"tensor vision_tower\.post_layernorm\.bias: is there twice"):
-        hub.Opened(path)
+        Opened(path)
 
 
 @pytest.mark.parametrize("name", ["clip_0", "siglip_0"])

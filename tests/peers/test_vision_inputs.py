@@ -13,10 +13,10 @@ import jax
 import numpy as np
 import pytest
 
-from model import hub
 from model.families import idefics, qwen2_vl
 from model.families.known import describe, family_of
-from model.load import load
+from model.families.load import load
+from model.hub.import_model import Opened
 from model.safetensors import Spec, open_directory, write_directory
 from tests.peers.test_cases import error
 from tests.peers.vision_case import CASES, Case, module_of, opened
@@ -43,7 +43,7 @@ from tpu.errors import UserError
     ],
 )
 def test_what_a_family_cannot_say_of_images_is_refused_by_name(name, fields, lost):
-    directory = hub.Opened(CASES / name)
+    directory = Opened(CASES / name)
     vision = dataclasses.replace(directory.model.vision, **fields)
     model = dataclasses.replace(directory.model, vision=vision)
     if not lost:
@@ -94,7 +94,7 @@ CALLER = {
 def test_bad_inputs_of_decoders_that_see(name, changes, message):
     ids, more = CALLER[name]
     inputs = {"input_ids": np.array(ids), "pixel_values": IMAGE, **more}
-    directory = hub.Opened(CASES / name)
+    directory = Opened(CASES / name)
     module = module_of(directory)
     module.checked(directory.model, inputs, directory.generation)
     inputs = {n: a for n, a in (inputs | changes).items() if a is not None}
@@ -123,13 +123,13 @@ def test_without_types_of_tokens_all_is_causal(name, one_device):
 
 
 def test_images_cut_by_a_row_and_types_that_are_not_of_images_are_refused():
-    directory = hub.Opened(CASES / "llava_0")
+    directory = Opened(CASES / "llava_0")
     ids = np.array([[5, 56, 56, 56], [56, 6, 7, 8]])
     with pytest.raises(UserError, match="row 0 has 3 image tokens, which are no whole images of 4"):
         module_of(directory).checked(directory.model, {"input_ids": ids, "pixel_values": IMAGE}, {})
     with pytest.raises(UserError, match=r"'token_type_ids' is not supported"):
         module_of(directory).checked(directory.model, {"input_ids": ids, "token_type_ids": ids}, {})
-    directory = hub.Opened(CASES / "gemma3_0")
+    directory = Opened(CASES / "gemma3_0")
     ids, types = np.array([[5, 60, 60, 60, 60, 6]]), np.array([[1, 1, 1, 1, 1, 0]])
     inputs = {"input_ids": ids, "token_type_ids": types, "pixel_values": IMAGE}
     with pytest.raises(UserError, match=r"token_type_ids: must be 1 where input_ids are 60"):
@@ -152,7 +152,7 @@ def test_images_cut_by_a_row_and_types_that_are_not_of_images_are_refused():
     ],
 )
 def test_bad_inputs_of_pairs(changes, message):
-    directory = hub.Opened(CASES / "clip_0")
+    directory = Opened(CASES / "clip_0")
     inputs = {"input_ids": np.array([[5, 6, 7], [8, 9, 9]]), "pixel_values": IMAGE}
     inputs = {n: np.asarray(a) for n, a in (inputs | changes).items() if a is not None}
     with pytest.raises(UserError, match=message):
@@ -264,7 +264,7 @@ def test_additional_tokens_in_tables_of_their_own_are_the_last_of_the_vocabulary
     write_directory(tmp_path, specs, lambda name: [tensors[name]], 10**9)
     changed = {"vocab_size": 60, "additional_vocab_size": 4}
     (tmp_path / "config.json").write_text(json.dumps(idefics_0.opened.options | changed))
-    case = hub.Opened(tmp_path)
+    case = Opened(tmp_path)
     assert case.model == idefics_0.opened.model
     loaded = load(case.weights, idefics_0.model, one_device)
     assert jax.tree.all(jax.tree.map(np.array_equal, loaded, idefics_0.weights))

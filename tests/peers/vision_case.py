@@ -16,8 +16,8 @@ from typing import Any
 import jax
 import numpy as np
 
-from model import hub
-from model.load import load
+from model.families.load import load
+from model.hub.import_model import Opened
 from model.transformer import Weights
 from tests.peers.test_cases import error, gradient_norms
 
@@ -25,7 +25,7 @@ CASES = Path(__file__).parent / "vision_cases"
 STATISTICS = ("running_mean", "running_var", "num_batches_tracked")  # of a ResNet; no gradient reaches them
 
 
-def module_of(directory: hub.Opened) -> ModuleType:
+def module_of(directory: Opened) -> ModuleType:
     """The module of the family's `run`, which has `checked(config, inputs, options)` too and, differentiable,
     `outputs(config, weights, checked)`."""
     run = directory.family.run
@@ -37,7 +37,7 @@ class Case:
 
     def __init__(self, path: Path, mesh: jax.sharding.Mesh):
         self.record: dict[str, Any] = json.loads((path / "case.json").read_text())
-        self.opened = hub.Opened(path)
+        self.opened = Opened(path)
         self.module = module_of(self.opened)
         loop = "unroll" if path.name.endswith("0") else "scan"
         model = dataclasses.replace(self.opened.model, compute_dtype="float32", layer_loop=loop)

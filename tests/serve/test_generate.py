@@ -19,10 +19,11 @@ from hypothesis import strategies as st
 
 from model import transformer
 from model.config import ModelConfig
-from model.decode import decoding_weights, make_decoder
-from serve.generate import Completion, Request, check_length, complete, prompt_tokens
+from model.generate.decode import decoding_weights, make_decoder
+from serve.completion import Completion, Request, prompt_tokens
+from serve.engine import check_length, complete
 from tpu.errors import UserError
-from train.data.tokenizer import ByteTokenizer, SentencePieceTokenizer, Tokenizer, train_bpe
+from train.data.text.tokenizer import ByteTokenizer, SentencePieceTokenizer, Tokenizer, train_bpe
 
 ROOT = Path(__file__).resolve().parents[2]
 TEXTS = [f"def function_{n}(self):\n    return 'the value of the number {n * 37}'\n" for n in range(60)]

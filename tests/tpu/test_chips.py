@@ -12,10 +12,11 @@ import pytest
 
 from tpu import chips
 from tpu.chips import CHIPS, Topology, parse_topology, smallest
+from tpu.compile.cost import run_cost
+from tpu.compile.hlo_collectives import Collective
+from tpu.compile.hlo_counts import Counts
+from tpu.compile.roofline import collective_seconds, rings, roofline
 from tpu.errors import UserError
-from tpu.hlo_collectives import Collective
-from tpu.hlo_counts import Counts
-from tpu.roofline import collective_seconds, rings, roofline, run_cost
 
 GIB = 2**30
 

@@ -15,9 +15,10 @@ import pytest
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from tpu import distributed, gang
+from tpu import distributed
 from tpu.distributed import cluster
 from tpu.errors import UserError
+from tpu.launch import gang
 
 ROOT = Path(__file__).resolve().parents[2]
 GIVEN = {"FOURSIGHT_COORDINATOR": "10.0.0.1:8476", "FOURSIGHT_PROCESSES": "4", "FOURSIGHT_PROCESS": "3"}

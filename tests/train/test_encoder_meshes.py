@@ -18,11 +18,11 @@ from tpu.errors import UserError
 from tpu.mesh import make_mesh
 from train.config import DataConfig, Experiment, MeshConfig, ObjectiveConfig, OptimizerConfig
 from train.data.batch import Batch
-from train.data.labelled import load
-from train.data.masking import Masking
-from train.data.packing import PackedRows
-from train.data.span_corruption import SpanCorruption
-from train.data.tokenizer import ByteTokenizer
+from train.data.text.labelled import load
+from train.data.text.masking import Masking
+from train.data.text.packing import PackedRows
+from train.data.text.span_corruption import SpanCorruption
+from train.data.text.tokenizer import ByteTokenizer
 from train.step import make_program
 
 ROWS, TOKENS, VOCAB = 16, 32, 20

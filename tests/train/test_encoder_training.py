@@ -15,7 +15,7 @@ import pytest
 
 from tpu import host
 from train.config import Experiment
-from train.objectives import CONVERSATIONS, OBJECTIVES
+from train.objectives.table import CONVERSATIONS, OBJECTIVES
 from train.pretrain import pretrain
 from train.restore import open_checkpoint
 from train.signals import Stop

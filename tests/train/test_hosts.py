@@ -19,8 +19,8 @@ import jax
 import numpy as np
 import pytest
 
-from tpu import gang
-from train import checkpoint
+from tpu.launch import gang
+from train.checkpoint import checkpoint
 from train.config import Experiment
 from train.step import make_program
 from train.tree import to_dict
@@ -76,7 +76,9 @@ COMMAND = """
     host.measured_matmul_rate = lambda dtype: 0.0
     runpy.run_module("train.pretrain", run_name="__main__", alter_sys=True)
 """
-SUPERVISE = "import sys; from tpu import gang; sys.exit(gang.run(sys.argv[3:], int(sys.argv[1]), int(sys.argv[2])))"
+SUPERVISE = (
+    "import sys; from tpu.launch import gang; sys.exit(gang.run(sys.argv[3:], int(sys.argv[1]), int(sys.argv[2])))"
+)
 
 
 @pytest.fixture(scope="module")

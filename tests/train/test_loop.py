@@ -18,7 +18,7 @@ import pytest
 
 from tpu.watchdog import Watchdog
 from train import loop
-from train.checkpoint import Checkpointer
+from train.checkpoint.checkpoint import Checkpointer
 from train.config import RunConfig
 from train.metrics import ConsoleProgress, MetricsWriter
 from train.signals import Stop

@@ -15,13 +15,14 @@ import numpy as np
 import pytest
 
 from model import transformer
-from model.attention import Place
 from model.config import ModelConfig
+from model.place import Place
 from tpu.errors import UserError
 from tpu.mesh import make_mesh
 from train.config import DataConfig, Experiment, MeshConfig, OptimizerConfig
 from train.data import pipeline
 from train.data.batch import Batch
+from train.data.corpus import load_corpus
 from train.state import TrainState
 from train.step import Program, make_program
 
@@ -167,7 +168,7 @@ def contiguous(corpus_file: Any, **data: Any) -> DataConfig:
 def test_rows_go_on_from_batch_to_batch(corpus_file):
     """The tokens of a row of consecutive batches are a run of the stream, with its positions there."""
     data = contiguous(corpus_file)
-    corpus = pipeline.load(data)
+    corpus = load_corpus(data)
     rows = len(corpus.train[0])
     lane = rows // 4
     batches = pipeline.train_batches(corpus, data, 3)
@@ -191,7 +192,7 @@ def test_rows_go_on_from_batch_to_batch(corpus_file):
 
 def test_held_out_rows_go_on_and_are_all_there(corpus_file):
     data = contiguous(corpus_file)
-    corpus = pipeline.load(data)
+    corpus = load_corpus(data)
     batches = list(pipeline.held_out_batches(corpus, data, 4))
     plain = list(pipeline.held_out_batches(corpus, dataclasses.replace(data, contiguous=False), 4))
     rows = [sorted(row.tobytes() for batch in found for row in batch.tokens) for found in (batches, plain)]
@@ -260,4 +261,4 @@ def test_what_cannot_be_is_refused(branches, word, micro):
 
 def test_too_few_rows_for_the_lanes(corpus_file):
     with pytest.raises(UserError, match=r"data\.batch_size=4000"):
-        pipeline.load(contiguous(corpus_file, batch_size=4000))
+        load_corpus(contiguous(corpus_file, batch_size=4000))

@@ -16,8 +16,8 @@ import optax
 import pytest
 
 from model.config import ModelConfig
-from tpu import hlo
-from tpu.hlo_counts import Counts, count
+from tpu.compile import hlo
+from tpu.compile.hlo_counts import Counts, count
 from tpu.mesh import make_mesh
 from tpu.pipeline import bubble_fraction
 from train.config import DataConfig, Experiment, MeshConfig, OptimizerConfig

@@ -15,14 +15,14 @@ import optax
 import pytest
 
 from model.config import ModelConfig
-from model.vision_config import VisionConfig
+from model.fields.vision import VisionConfig
 from tpu.errors import UserError
 from tpu.mesh import make_mesh
 from train.config import DataConfig, Experiment, MeshConfig, ObjectiveConfig, OptimizerConfig
 from train.data.batch import Batch
-from train.data.conversation import IMAGE, Conversation, Turn
-from train.data.conversations import caption_row, class_row, conversation_row
-from train.data.tokenizer import ByteTokenizer
+from train.data.chat.record import IMAGE, Conversation, Turn
+from train.data.chat.rows import caption_row, class_row, conversation_row
+from train.data.text.tokenizer import ByteTokenizer
 from train.step import make_program
 
 ROWS, TOKENS = 16, 32

@@ -19,23 +19,25 @@ import pytest
 from PIL import Image
 
 from model.config import ModelConfig
-from model.vision_config import VisionConfig
-from model.vit import resampled
+from model.fields.vision import VisionConfig
+from model.vision.vit import resampled
 from serve.classify import probabilities
 from tpu.errors import UserError
-from train import answers
-from train.adapter_base import Base, open_base
+from train.adapter.frozen import Base, open_base
 from train.config import AdapterConfig, DataConfig, Experiment, MeshConfig, ObjectiveConfig, OptimizerConfig, RunConfig
-from train.data import made, pipeline
-from train.data.tokenizer import ByteTokenizer
+from train.data import pipeline
+from train.data.corpus import load_corpus
+from train.data.made import made
+from train.data.text.tokenizer import ByteTokenizer
+from train.evaluate import answers
+from train.evaluate.retrieval import class_vectors, embedders, recall_at, zero_shot
+from train.evaluate.retrieval import figures as retrieval_figures
+from train.evaluate.sight_report import figures, page
 from train.finetune import on_base
 from train.pretrain import pretrain
 from train.restore import open_checkpoint
-from train.retrieval import class_vectors, embedders, recall_at, zero_shot
-from train.retrieval import figures as retrieval_figures
-from train.sight_report import figures, page
 from train.signals import Stop
-from train.start import positions_on_grid
+from train.starting_weights import positions_on_grid
 from train.step import frozen_mask
 from train.workdir import Workdir
 
@@ -134,7 +136,7 @@ def test_the_row_of_a_class_token_stays_and_a_grid_is_no_row_of_numbers():
 
 
 def test_a_text_model_is_refused_pictures(tmp_path):
-    corpus = pipeline.load(experiment("none").resolved().data, objective="conversation", model=ModelConfig().resolved())
+    corpus = load_corpus(experiment("none").resolved().data, objective="conversation", model=ModelConfig().resolved())
     with pytest.raises(UserError, match=r"none of the .* records can be read|could not be read|cannot see"):
         corpus.train[0][0]
 
@@ -190,7 +192,7 @@ def test_an_adapter_sees_and_is_asked_as_its_base_unless_told_otherwise():
 @pytest.mark.parametrize("source", [name for name in made.NAMES if not name.startswith(("charts", "words"))])
 def test_what_is_made_here_becomes_batches(source):
     given = experiment(data={"sources": (source,), "context": 256, "images": 4}).resolved()
-    corpus = pipeline.load(given.data, objective="conversation", model=given.model)
+    corpus = load_corpus(given.data, objective="conversation", model=given.model)
     batches = pipeline.train_batches(corpus, given.data, seed=0)
     batch = next(batches)
     batches.close()
@@ -206,7 +208,7 @@ def test_what_is_made_here_becomes_batches(source):
 
 def test_rows_depend_on_seed_and_step_alone():
     given = experiment().resolved()
-    corpus = pipeline.load(given.data, objective="conversation", model=given.model)
+    corpus = load_corpus(given.data, objective="conversation", model=given.model)
 
     def batch(start: int, skip: int) -> Any:
         batches = pipeline.train_batches(corpus, given.data, 3, start)
@@ -243,14 +245,14 @@ def test_bad_records_are_counted_left_out_and_too_many_refused(tmp_path, caplog)
 
     (folder / "3.png").write_bytes((folder / "3.png").read_bytes()[:40])
     model = experiment().resolved().model
-    corpus = pipeline.load(write({5, 7}), objective="conversation", model=model)
+    corpus = load_corpus(write({5, 7}), objective="conversation", model=model)
     with caplog.at_level("WARNING"):
         rows = [corpus.train[0][index] for index in range(len(corpus.train[0]))]
     assert all(row.loss_weights.sum() == 5 for row in rows)
     said = " ".join(caplog.messages)
     assert "2 <image> in the text and 1 images" in said
     assert "3.png" in said or "line 4" in said
-    corpus = pipeline.load(write(set(range(20))), objective="conversation", model=model)
+    corpus = load_corpus(write(set(range(20))), objective="conversation", model=model)
     with pytest.raises(UserError, match="max_bad_fraction"):
         list(map(corpus.train[0].__getitem__, range(len(corpus.train[0]))))
 
@@ -284,7 +286,7 @@ def test_one_bad_record_stops_neither_tokenizer_nor_training_nor_evaluation(tmp_
     named = dataclasses.replace(given.resolved().data, sources=(f"{folder}/a.jsonl",))
     vision = VisionConfig(**VIT, pool="mean", connector="none")
     classes = ModelConfig(kind="vision", labels=2, vocab_size=300, embed_dim=16, heads=2, vision=vision).resolved()
-    corpus = pipeline.load(named, objective="image_classification", model=classes, tokenizer=ByteTokenizer())
+    corpus = load_corpus(named, objective="image_classification", model=classes, tokenizer=ByteTokenizer())
     assert corpus.labels == ("grey", "white")
 
 
@@ -299,9 +301,9 @@ def test_answers_are_those_of_the_uncached_model(fusion, merge, tmp_path):
     data, model = run.experiment.data, run.experiment.model
     asked = [made.make("scenes:question", 0, "test", index, 32) for index in range(5)]
     said = answers.replier(model, run.weights, run.tokenizer, data, 3, rows=4)(asked)
-    from model.attention import Place
+    from model.place import Place
     from model.transformer import bind
-    from train.data.conversations import conversation_row
+    from train.data.chat.rows import conversation_row
 
     bound = bind(run.graphdef, run.weights)
     for conversation, reply in zip(asked, said, strict=True):
@@ -579,4 +581,4 @@ def test_tiles_are_refused_where_a_row_is_of_one_image(objective):
 def test_an_unknown_source_is_named():
     given = experiment(data={"sources": ("scenes:poem",)}).resolved()
     with pytest.raises(UserError, match=r"scenes:poem.*scenes:caption"):
-        pipeline.load(given.data, objective="conversation", model=given.model)
+        load_corpus(given.data, objective="conversation", model=given.model)

@@ -129,7 +129,7 @@ def test_micro_batches_give_the_gradient_of_the_batch(one_device, whole, accumul
 def test_the_gradient_is_that_of_the_weighted_mean(one_device, whole):
     """By the definition, with a whole batch's logits."""
     from model import transformer
-    from model.attention import Place
+    from model.place import Place
 
     batch = random_batch()
     with jax.set_mesh(one_device):

@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 
 from model.config import ModelConfig
-from model.vision_config import VisionConfig
+from model.fields.vision import VisionConfig
 from tpu.errors import UserError
 from train.config import DataConfig, Experiment, OptimizerConfig, RunConfig
 from train.workdir import (

@@ -20,8 +20,9 @@ from tpu.errors import UserError
 from train.config import DataConfig
 from train.data import pipeline
 from train.data.batch import Batch
-from train.data.packing import PackedRows
-from train.data.tokenizer import ByteTokenizer, train_bpe
+from train.data.corpus import held_out_documents, load_corpus
+from train.data.text.packing import PackedRows
+from train.data.text.tokenizer import ByteTokenizer, train_bpe
 
 CONTEXT = 8
 
@@ -169,9 +170,9 @@ def files(tmp_path) -> DataConfig:
 
 
 def test_load_covers_all_sources(files):
-    corpus = pipeline.load(files)
+    corpus = load_corpus(files)
     assert len(corpus.train) == len(corpus.held_out) == 2
-    held_out = list(pipeline.held_out_documents(files))
+    held_out = list(held_out_documents(files))
     assert corpus.held_out_bytes == sum(len(text.encode()) for text in held_out) > 0
     batches = list(pipeline.held_out_batches(corpus, files, 3))
     assert corpus.held_out_tokens == sum(batch.loss_weights.sum() for batch in batches)
@@ -182,7 +183,7 @@ def test_load_covers_all_sources(files):
 
 
 def test_held_out_batches_are_whole_and_can_be_limited(files):
-    corpus = pipeline.load(files)
+    corpus = load_corpus(files)
     rows = sum(len(rows) for rows in corpus.held_out)
     batches = list(pipeline.held_out_batches(corpus, files, rows - 1))
     assert [batch.tokens.shape for batch in batches] == [(rows - 1, CONTEXT)] * 2
@@ -203,7 +204,7 @@ def test_held_out_batches_are_whole_and_can_be_limited(files):
 
 
 def test_held_out_and_train_share_no_document(files):
-    corpus = pipeline.load(files)
+    corpus = load_corpus(files)
 
     def documents(sides):
         text = "".join(
@@ -217,15 +218,15 @@ def test_held_out_and_train_share_no_document(files):
 
 
 def test_no_held_out_set(files):
-    corpus = pipeline.load(dataclasses.replace(files, holdout=0.0))
+    corpus = load_corpus(dataclasses.replace(files, holdout=0.0))
     assert (corpus.held_out, corpus.held_out_bytes, corpus.held_out_tokens) == ((), 0, 0)
     assert list(pipeline.held_out_batches(corpus, files, 4)) == []
-    assert list(pipeline.held_out_documents(dataclasses.replace(files, holdout=0.0))) == []
+    assert list(held_out_documents(dataclasses.replace(files, holdout=0.0))) == []
 
 
 def test_a_given_tokenizer_is_used_as_it_is(files):
     tokenizer = train_bpe(["naïve words " * 9], 300)
-    corpus = pipeline.load(files, tokenizer=tokenizer)
+    corpus = load_corpus(files, tokenizer=tokenizer)
     assert corpus.tokenizer is tokenizer
     assert not [name for name in os.listdir(files.cache_dir) if name.startswith("bpe")]
 
@@ -233,7 +234,7 @@ def test_a_given_tokenizer_is_used_as_it_is(files):
 def test_one_line_of_the_log_tells_what_was_read(files, caplog, tmp_path):
     (tmp_path / "c.jsonl").write_bytes(b'{"text": "b\xe9d"}\n{"text": ""}')
     with caplog.at_level(logging.INFO):
-        pipeline.load(dataclasses.replace(files, sources=(f"{tmp_path}/c.jsonl",), holdout=0.0))
+        load_corpus(dataclasses.replace(files, sources=(f"{tmp_path}/c.jsonl",), holdout=0.0))
     (line,) = (record.getMessage() for record in caplog.records if record.getMessage().startswith("data "))
     assert "1 documents, 5 bytes, 6 tokens" in line
     assert "1 replaced_characters, 1 empty_documents" in line
@@ -261,13 +262,13 @@ def test_an_empty_side_is_refused(tmp_path, texts, holdout, message, tokenizer):
     )
     for _ in range(2):  # made, and then from the cache
         with pytest.raises(UserError, match=message):
-            pipeline.load(data)
+            load_corpus(data)
 
 
 def test_a_text_shorter_than_a_row_trains_padded(tmp_path):
     (tmp_path / "x.txt").write_text("hi")
     data = config(sources=(f"{tmp_path}/x.txt",), holdout=0.0, tokenizer="bytes", cache_dir=str(tmp_path), batch_size=2)
-    (batch,) = take(1, pipeline.load(data), data)
+    (batch,) = take(1, load_corpus(data), data)
     assert batch.tokens[0].tolist() == [256, 104, 105] + [256] * 5
     assert batch.targets[0].tolist() == [104, 105, 256] + [256] * 5
     assert batch.loss_weights[0].tolist() == [1, 1, 1, 0, 0, 0, 0, 0]

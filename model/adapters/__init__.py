@@ -1,0 +1,1 @@
+"""Small weights beside frozen ones."""

@@ -1,0 +1,1 @@
+"""The fields of ModelConfig, in parts for their readers."""

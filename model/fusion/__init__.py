@@ -1,0 +1,1 @@
+"""How images and text meet outside the text's own layers."""

@@ -1,0 +1,1 @@
+"""How tokens know where they stand."""

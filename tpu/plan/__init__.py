@@ -1,0 +1,1 @@
+"""The best layout of an experiment on a topology: `python -m tpu.plan`."""

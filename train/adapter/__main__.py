@@ -1,0 +1,128 @@
+"""What can be done with a trained adapter: merge, export, import.
+
+    python -m train.adapter merge --checkpoint=runs/lora --workdir=runs/merged
+    python -m train.adapter export --checkpoint=runs/lora --to=DIR
+    python -m train.adapter import --from=DIR --checkpoint=runs/base --workdir=runs/imported
+
+merge writes base and adapter as one ordinary checkpoint, matrices in float32. export writes the layout of Hugging Face
+PEFT (adapter_config.json and adapter_model.safetensors), import makes a checkpoint of it, over the base given.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import pathlib
+import sys
+from typing import Any
+
+from absl import flags
+
+from tpu.errors import UserError
+from train import entry
+from train.config import AdapterConfig, Experiment, RunConfig
+from train.tree import from_dict, to_dict
+
+VERBS = ("merge", "export", "import")
+
+if __name__ == "__main__":
+    VERB = sys.argv.pop(1) if len(sys.argv) > 1 and not sys.argv[1].startswith("-") else ""
+    flags.DEFINE_string("checkpoint", None, "an adapter's checkpoint; with import: the base")
+    flags.DEFINE_string("base", None, "where the adapter's base lies now; default: where it was")
+    flags.DEFINE_string("workdir", None, "merge, import: directory of the new checkpoint")
+    flags.DEFINE_string("to", None, "export: directory to write")
+    flags.DEFINE_string("from", None, "import: directory that PEFT wrote")
+
+
+def main() -> int:
+    """Does what the word on the command line says."""
+    options = entry.FLAGS
+    if VERB not in VERBS:
+        raise UserError(f"{VERB or 'no verb given'}: valid: {', '.join(VERBS)}, as in: python -m train.adapter merge")
+    entry.need(checkpoint=options.checkpoint)
+    checkpoint = pathlib.Path(options.checkpoint)
+    if VERB == "merge":
+        entry.need(workdir=options.workdir)
+        merge(checkpoint, pathlib.Path(options.workdir), options.base)
+    elif VERB == "export":
+        entry.need(to=options.to)
+        export(checkpoint, pathlib.Path(options.to), options.base)
+    else:
+        entry.need(workdir=options.workdir, **{"from": options["from"].value})
+        import_peft(pathlib.Path(options["from"].value), checkpoint, pathlib.Path(options.workdir))
+    return 0
+
+
+def merge(path: pathlib.Path, workdir: pathlib.Path, base: str | None = None) -> None:
+    """Writes the adapter's model, with the adapter in its weights, as step 0 of a new workdir."""
+    from train.checkpoint.checkpoint import read_meta
+    from train.restore import open_checkpoint
+
+    trained = open_checkpoint(path, base=base)
+    meta = read_meta(trained.step_dir)
+    if "base" not in meta:
+        raise UserError(f"checkpoint={trained.step_dir}: is no adapter; there is nothing to merge")
+    experiment = from_dict(Experiment, meta["experiment"])
+    import jax
+    import jax.numpy as jnp
+
+    # Rounding to the base's number format would take from small changes what they are.
+    model = dataclasses.replace(experiment.model, weight_dtype="float32")
+    weights = jax.tree.map(lambda w: w.astype(jnp.float32), trained.weights)
+    del meta["base"]
+    _write(workdir, weights, meta, dataclasses.replace(experiment, model=model, adapter=AdapterConfig()))
+
+
+def export(path: pathlib.Path, to: pathlib.Path, base: str | None = None) -> None:
+    """Writes the adapter in PEFT's layout."""
+    from train.adapter import peft
+    from train.adapter.frozen import base_of
+    from train.adapter.weights import parts
+    from train.checkpoint import checkpoint
+
+    step_dir = checkpoint.find(path)
+    meta = checkpoint.read_meta(step_dir)
+    if "base" not in meta:
+        raise UserError(f"checkpoint={step_dir}: is no adapter; there is nothing to export")
+    experiment, below = from_dict(Experiment, meta["experiment"]), base_of(meta, step_dir, base)
+    config = experiment.model.placed("cpu", "float32")
+    known = parts(experiment.adapter, config)
+    trained = checkpoint.load_weights(step_dir, known.trained)
+    frozen = checkpoint.load_weights(below.step_dir, known.base)
+    peft.export(to, experiment.adapter, config, trained, frozen, str(below.step_dir))
+    print(f"written to {to}: {peft.CONFIG}, {peft.TENSORS}")
+
+
+def import_peft(source: pathlib.Path, path: pathlib.Path, workdir: pathlib.Path) -> None:
+    """Writes an adapter that PEFT wrote as step 0 of a new workdir, over the base in `path`."""
+    from model import transformer
+    from train.adapter import peft
+    from train.adapter.frozen import open_base
+    from train.checkpoint import checkpoint
+
+    base = open_base(path)
+    config = base.experiment.model.placed("cpu", "float32")
+    frozen = checkpoint.load_weights(base.step_dir, transformer.build(config)[1])
+    adapter, trained = peft.load(source, config, frozen)
+    meta = checkpoint.read_meta(base.step_dir) | {"base": base.reference()}
+    _write(workdir, trained, meta, dataclasses.replace(base.experiment, adapter=adapter).resolved())
+
+
+def _write(path: pathlib.Path, weights: Any, meta: dict[str, Any], experiment: Experiment) -> None:
+    from train.checkpoint.checkpoint import Checkpointer
+    from train.workdir import Workdir, versions
+
+    if (path / "experiment.json").exists():
+        raise UserError(f"workdir={path}: holds a run already; give another --workdir")
+    workdir = Workdir(path)
+    checkpointer = Checkpointer(path / "checkpoints", RunConfig())
+    meta = meta | {"experiment": to_dict(experiment), "versions": versions(), "data_position": 0}
+    checkpointer.save(0, {"weights": weights}, meta)
+    if not checkpointer.close():
+        raise UserError(f"workdir={path}: the checkpoint could not be written")
+    workdir.write_experiment(experiment)
+    workdir.close()
+    print(f"written to {path}")
+
+
+if __name__ == "__main__":
+    entry.run(main)

@@ -1,0 +1,1 @@
+"""What an experiment amounts to before it runs: parameters, FLOPs, memory."""

@@ -1,0 +1,244 @@
+"""Sources of conversations about images, as rows: by random access, so that a batch is a pure function of its number.
+
+scenes:question and others of train.data.made.made    made here; see there for the names
+DIR/*.jsonl, *.json (LLaVA's format), *.tar      files, as train.data.chat.sources reads them
+tfds:NAME[:SPLIT]                                TensorFlow Datasets with an image and a text or a label
+
+Legend: T tokens per row, N images per row, S pixels along a side of an image.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import numpy as np
+
+from model.config import ModelConfig
+from tpu.errors import UserError
+from train.config import DataConfig
+from train.data.batch import Batch
+from train.data.chat import sources as image_text
+from train.data.chat.record import Conversation
+from train.data.chat.skipping import Skipping
+from train.data.chat.template import Assembly, row_fields, tokenize
+from train.data.images.look import look
+from train.data.made import made
+from train.data.text.sources import is_held_out
+from train.data.text.tokenizer import Tokenizer
+
+MADE_TRAIN, MADE_HELD_OUT = 2**20, 512  # records of a source that is made here
+
+
+@dataclasses.dataclass(frozen=True)
+class Side:
+    """The training or the held-out records of one source: `length` of them, and the conversation of each."""
+
+    length: int
+    read: Callable[[int], Conversation]
+    text: Callable[[int], Conversation]  # the same with anything in place of images, which costs less
+
+
+@dataclasses.dataclass(frozen=True)
+class ConversationSource:
+    """Both sides of one entry of data.sources, and a digest of what it holds."""
+
+    name: str
+    train: Side
+    held_out: Side
+    digest: str
+    names: tuple[str, ...] = ()  # of all classes, where the source lists them
+
+
+def open_source(name: str, data: DataConfig, size: int) -> ConversationSource:
+    """Opens an entry of data.sources; images made here get `size` pixels along a side. Raises UserError."""
+    if name in made.NAMES or name.partition(":")[0] in made.MAKERS:
+        made.make(name, 0, "train", 0, size)
+
+        def side(split: str, length: int) -> Side:
+            read = functools.partial(made.make, name, 0, split, size=size)
+            return Side(length, read, read)
+
+        held_out = side("test", MADE_HELD_OUT if data.holdout else 0)
+        return ConversationSource(name, side("train", MADE_TRAIN), held_out, made.digest())
+    found = image_text.open_source(name, data, image_field=data.image_field, text_field=data.caption_field)
+    numbers: dict[bool, list[int]] = {False: [], True: []}
+    for index in range(len(found)):
+        numbers[is_held_out(found.key(index), data.holdout)].append(index)
+
+    def of(held_out: bool) -> Side:
+        chosen = np.array(numbers[held_out], np.int64)
+        return Side(len(chosen), lambda index: found[int(chosen[index])], lambda index: found.text(int(chosen[index])))
+
+    return ConversationSource(name, of(False), of(True), found.digest, found.names)
+
+
+def assembly_of(data: DataConfig) -> Assembly:
+    """How rows are made."""
+    return Assembly(data.context, data.user_format, data.assistant_format)
+
+
+class Rows(Sequence[Batch]):
+    """Rows of one side of a source, made on access; good ones stand in for the few that cannot be read."""
+
+    def __init__(self, name: str, side: Side, make: Callable[[Conversation, Counter[str]], Batch], data: DataConfig):
+        """name: of source and side in messages; make: a row, adding to the counter what it left out."""
+        self.name, self.made = name, 0  # rows
+        self._cut: Counter[str] = Counter()
+        self._rows = good(side, data, lambda conversation: make(conversation, self._cut))
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def __getitem__(self, index: int) -> Batch:
+        row = self._rows[int(index)]
+        self.made += 1
+        return row
+
+    def left_out(self) -> Counter[str]:
+        """What was left out since the process began: rows that were cut, and records read over, by what is wrong."""
+        return self._cut + self._rows.reasons
+
+
+def conversation_row(
+    conversation: Conversation, tokenizer: Tokenizer, data: DataConfig, model: ModelConfig, counts: Counter[str]
+) -> Batch:
+    """A row [T] that learns what the assistant says. Raises UserError for a conversation that makes none."""
+    sees, vectors, images = model.vision.encoder != "none", (), {}
+    if not sees and conversation.images:
+        raise UserError(f"{conversation.key}: has images, and model.vision.encoder='none' cannot see")
+    if sees:
+        conversation, vectors, images = look(conversation, data, model)
+    tokens = tokenize(conversation, vectors, tokenizer, assembly_of(data))
+    if not any(tokens.learned):
+        raise UserError(f"{conversation.key}: the assistant says nothing")
+    if tokens.cut:
+        counts["cut_conversations"] += 1
+    fields = row_fields(tokens, assembly_of(data))
+    return Batch(**{name: fields[name] for name in fields if sees or name in Batch._fields[:5]}, **images)
+
+
+def last_answer(conversation: Conversation) -> str:
+    """What the assistant says last. Raises UserError where it says nothing."""
+    for turn in reversed(conversation.turns):
+        if turn.role == "assistant":
+            return turn.text
+    raise UserError(f"{conversation.key}: the assistant says nothing")
+
+
+def text_row(text: str, tokenizer: Tokenizer, context: int) -> Batch:
+    """A text alone as a row [T] of a contrastive model, [beginning, text, end, end, ...], where ends but the first are
+    padding (as CLIP and SigLIP have it); its first position has the row's weight."""
+    return _text_row(tokenizer.encode(text), tokenizer, context)
+
+
+def _text_row(text: list[int], tokenizer: Tokenizer, context: int) -> Batch:
+    end = tokenizer.end_of_document
+    ids = [tokenizer.beginning, *text[: context - 2], end][:context]
+    tokens = np.full(context, end, np.int32)
+    tokens[: len(ids)] = ids
+    there = (np.arange(context) < len(ids)).astype(np.int32)
+    weights = (np.arange(context) == 0).astype(np.float32)
+    return Batch(tokens, tokens, weights, there, np.arange(context, dtype=np.int32) * there)
+
+
+def caption_row(
+    conversation: Conversation, tokenizer: Tokenizer, data: DataConfig, model: ModelConfig, counts: Counter[str]
+) -> Batch:
+    """A row of an image and a text about it, what the assistant says last (contrastive)."""
+    text, image = tokenizer.encode(last_answer(conversation)), _one_image(conversation, data, model)
+    if len(text) > data.context - 2:
+        counts["cut_texts"] += 1
+    return _text_row(text, tokenizer, data.context)._replace(**image)
+
+
+def class_row(conversation: Conversation, names: dict[str, int], data: DataConfig, model: ModelConfig) -> Batch:
+    """A row [1] of an image and its class, which what the assistant says last is the name of."""
+    one, target = np.ones(1, np.int32), np.array([names[last_answer(conversation)]], np.int32)
+    row = Batch(0 * one, target, one.astype(np.float32), one, 0 * one)
+    return row._replace(**_one_image(conversation, data, model))
+
+
+def _one_image(conversation: Conversation, data: DataConfig, model: ModelConfig) -> dict[str, np.ndarray]:
+    if len(conversation.images) != 1:
+        raise UserError(f"{conversation.key}: {len(conversation.images)} images; one is wanted")
+    fields = look(conversation, data, model).fields
+    return {name: array[:1] for name, array in fields.items()}
+
+
+def good(side: Side, data: DataConfig, read: Callable[[Conversation], Any] = lambda record: record) -> Skipping:
+    """What `read` makes of the records of a side, where good ones stand in for the few bad ones."""
+    return Skipping(lambda index: read(side.read(index)), side.length, data.max_bad_fraction)
+
+
+def class_names(sources: Sequence[ConversationSource], labels: int, data: DataConfig) -> tuple[str, ...]:
+    """The classes of all sources in order. Raises UserError as soon as more than `labels` are found."""
+    names: set[str] = set()
+    for name in (name for source in sources for name in _names_of(source, data)):
+        names.add(name)
+        if len(names) > labels:
+            raise UserError(f"model.labels={labels}: there are more classes: {', '.join(sorted(names)[:20])}")
+    return tuple(sorted(names))
+
+
+def _names_of(source: ConversationSource, data: DataConfig) -> Iterator[str]:
+    """The classes that a source lists; else the class of every record, read without its images."""
+    if source.names:
+        yield from source.names
+        return
+    for side in (source.train, source.held_out):
+        said = good(dataclasses.replace(side, read=side.text), data, last_answer)
+        yield from (said[index] for index in range(side.length))
+
+
+@dataclasses.dataclass(frozen=True)
+class Conversations:
+    """All sources as rows, and reports as `Labelled` has them, but of what is passed over, which
+    only `Rows.left_out` knows."""
+
+    train: list[Sequence[Batch]]
+    held_out: list[Sequence[Batch]]
+    labels: tuple[str, ...]
+    reports: list[dict[str, Any]]
+
+
+def load(data: DataConfig, objective: str, model: ModelConfig, tokenizer: Tokenizer) -> Conversations:
+    """Opens all of data.sources for an objective of `train.objectives.CONVERSATIONS`. Raises UserError."""
+    sources = [open_source(name, data, model.vision.image_size) for name in data.sources]
+    names: tuple[str, ...] = ()
+    if objective == "image_classification":
+        names = class_names(sources, model.labels, data)
+    numbers = {name: number for number, name in enumerate(names)}
+
+    def make(conversation: Conversation, counts: Counter[str]) -> Batch:
+        if objective == "image_classification":
+            return class_row(conversation, numbers, data, model)
+        row = caption_row if objective == "contrastive" else conversation_row
+        return row(conversation, tokenizer, data, model, counts)
+
+    def count(side: Side) -> dict[str, int]:
+        return {"documents": side.length, "bytes": 0, "tokens": 0}
+
+    reports = [
+        {
+            "source": s.name,
+            "digest": s.digest,
+            "train": count(s.train),
+            "held_out": count(s.held_out),
+        }
+        for s in sources
+    ]
+    train = [Rows(f"{s.name}, train", s.train, make, data) for s in sources]
+    held_out = [Rows(f"{s.name}, held out", s.held_out, make, data) for s in sources]
+    return Conversations(train, held_out, names, reports)
+
+
+def texts(data: DataConfig, size: int, limit: int = 10_000) -> Iterator[str]:
+    """What is said in the first training records of every source, for a tokenizer to learn from."""
+    for name in data.sources:
+        side = good(open_source(name, data, size).train, data)
+        for index in range(min(limit, len(side))):
+            yield from (turn.text for turn in side[index].turns)

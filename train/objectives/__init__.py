@@ -1,0 +1,1 @@
+"""What is learned, from which rows, by which loss."""

@@ -1,0 +1,1 @@
+"""Update rules, schedules and what goes with them."""
