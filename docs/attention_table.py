@@ -34,7 +34,7 @@ from model.attention.linear_attention import linear_attention
 from model.config import ModelConfig
 from model.generate.decode import advance, prefill
 from model.place import Place, visible
-from model.transformer import Weights, bind
+from model.weights import Weights, bind
 
 PAGE, KINDS_PAGE = (pathlib.Path(__file__).with_name(name) for name in ("attention.md", "models.md"))
 SHAPE = {"vocab_size": 512, "layers": 2, "embed_dim": 128, "heads": 4, "attention_bias": False, "mlp_bias": False}

@@ -74,14 +74,15 @@ def nll_by_position(found: Experiment, weights: Any, corpus: Any, limit: int = 1
     import jax
     import numpy as np
 
-    from model import transformer
+    from model import kinds
     from model.place import Place
+    from model.weights import bind
 
-    graphdef, _, _ = transformer.build(found.model)
+    graphdef, _, _ = kinds.build(found.model)
 
     @jax.jit
     def nll(batch: Any) -> jax.Array:
-        model = transformer.bind(graphdef, weights)
+        model = bind(graphdef, weights)
         hidden, _ = model(batch.tokens[None], Place(batch.segments[None], batch.positions[None]))
         logits = jax.nn.log_softmax(model.head(hidden[0]))
         return -jax.numpy.take_along_axis(logits, batch.targets[:, None], 1)[:, 0]

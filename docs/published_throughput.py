@@ -70,7 +70,7 @@ def main() -> None:
     from tpu.compile.pod import prepare
 
     prepare("v5e:16x16")
-    from model import transformer
+    from model import kinds
     from tpu.chips import Topology, parse_topology
     from tpu.compile.pod import tpu_devices
     from tpu.mesh import make_mesh
@@ -86,7 +86,7 @@ def main() -> None:
         experiment.model = experiment.model.placed("tpu", "bfloat16")
         one = experiment_of(shape, per_chip * found.chips, context, remat, mesh)
         guess = forecast(experiment, found, make_mesh(one.mesh, tpu_devices(found, 1)))
-        _, weights, _ = transformer.build(experiment.model)
+        _, weights, _ = kinds.build(experiment.model)
         tokens = per_chip * context
         useful = flops_per_token(experiment.model, weights, context) * tokens
         mfu = 100 * useful / (guess.step * found.chip.peak_flops)

@@ -7,13 +7,14 @@ from typing import Any
 import jax
 from flax import nnx
 
-from model import transformer
+from model import weights
 from model.bert import Bert
 from model.config import ModelConfig
 from model.encoder_decoder import EncoderDecoder
 from model.fusion.contrastive import Contrastive
-from model.transformer import Transformer, Weights
+from model.transformer import Transformer
 from model.vision.image_classifier import ImageClassifier
+from model.weights import Weights
 
 MAKE: dict[str, type[nnx.Module]] = {
     "decoder": Transformer,
@@ -29,10 +30,10 @@ def maker(config: ModelConfig) -> type[nnx.Module]:
 
 
 def build(config: ModelConfig) -> tuple[nnx.GraphDef, Weights, Any]:
-    """As `model.transformer.build`, for every kind."""
-    return transformer.build(config, maker(config))
+    """As `model.weights.build`, for every kind."""
+    return weights.build(config, maker(config))
 
 
 def init(config: ModelConfig, key: jax.Array) -> Weights:
-    """As `model.transformer.init`, for every kind."""
-    return transformer.init(config, key, maker(config))
+    """As `model.weights.init`, for every kind."""
+    return weights.init(config, key, maker(config))

@@ -3,16 +3,10 @@
 Images reach the text as `model.fusion` says: their vectors stand where tokens would ("merge"), layers of the text look
 at them ("cross", `gated_cross_attention`), or they have streams of their own ("co", "tangled", `model.fusion.streams`).
 
-Modules describe; they are used functionally. `build` gives the graph and the abstract weights, `init` the weights, and
-`bind` joins graph and weights into a model to call, inside or outside of `jax.jit`. Weights are a plain nested
-dictionary of arrays.
-
 Legend: B batch, T tokens, D embed_dim, V vocab_size.
 """
 
 from __future__ import annotations
-
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -35,8 +29,6 @@ from model.residual import residual
 from model.stack import Stack
 from model.vision.images import Images
 from model.vision.vision import Vision
-
-Weights = dict[str, Any]
 
 
 class Transformer(nnx.Module):
@@ -134,24 +126,3 @@ def merged(h: jax.Array, vectors: jax.Array, slots: jax.Array) -> jax.Array:
     """h [B, T, D] with the image vector [B, S, D] number slots [B, T] wherever that is not -1."""
     chosen = jnp.take_along_axis(vectors, jnp.maximum(slots, 0)[..., None], axis=1)
     return jnp.where((slots >= 0)[..., None], chosen.astype(h.dtype), h)
-
-
-def build(config: ModelConfig, make: type[nnx.Module] = Transformer) -> tuple[nnx.GraphDef, Weights, Any]:
-    """The graph, the abstract weights (jax.ShapeDtypeStruct) and, alike in structure, each weight's logical axes.
-
-    Allocates nothing and touches no device. `config` must be `resolved` and `placed`; `make` is the class of its kind
-    (`model.kinds.maker`).
-    """
-    graphdef, state = nnx.split(nnx.eval_shape(lambda: make(config, nnx.Rngs(0))))
-    axes = jax.tree.map(lambda p: p.get_metadata("axes"), state, is_leaf=lambda n: isinstance(n, nnx.Variable))
-    return graphdef, nnx.to_pure_dict(state), nnx.to_pure_dict(axes)
-
-
-def init(config: ModelConfig, key: jax.Array, make: type[nnx.Module] = Transformer) -> Weights:
-    """Draws the weights; call inside `jax.jit` with `out_shardings` to lay them out as they are made."""
-    return nnx.to_pure_dict(nnx.state(make(config, nnx.Rngs(key))))
-
-
-def bind(graphdef: nnx.GraphDef, weights: Weights) -> Transformer:
-    """The model that computes with these weights."""
-    return nnx.merge(graphdef, nnx.State(weights))

@@ -36,7 +36,7 @@ def probabilities(
     import jax
     import numpy as np
 
-    from model.transformer import bind
+    from model.weights import bind
     from train.data.chat.record import IMAGE, Conversation, Turn
     from train.data.images.look import look
     from train.evaluate.retrieval import class_vectors, embedders

@@ -12,7 +12,7 @@ from tpu.errors import UserError
 if TYPE_CHECKING:
     from model.config import ModelConfig
     from model.generate.decode import Decoder
-    from model.transformer import Weights
+    from model.weights import Weights
     from train.config import DataConfig
     from train.data.text.tokenizer import Tokenizer
 

@@ -141,14 +141,14 @@ def decode_figures(
     import jax
     import numpy as np
 
-    from model import transformer
+    from model import kinds
     from model.generate.decode import decoding_weights, make_decoder, pad_prompts, row_keys, slots_for
     from model.generate.sampling import Sampling
 
     config = experiment.model
     config.check_context(prompt_length + new_tokens, "prompt_tokens + new_tokens")
-    graphdef, _, _ = transformer.build(config)
-    weights = jax.jit(lambda key: transformer.init(config, key))(jax.random.key(experiment.run.seed))
+    graphdef, _, _ = kinds.build(config)
+    weights = jax.jit(lambda key: kinds.init(config, key))(jax.random.key(experiment.run.seed))
     weights = decoding_weights(config, weights)
     # No token ends a row: the end of the document is a number that is never drawn.
     decoder = make_decoder(config, graphdef, config.vocab_size, end_of_document=config.vocab_size)

@@ -12,7 +12,7 @@ import jax
 from flax import nnx
 from jax.sharding import Mesh
 
-from model.transformer import Weights
+from model.weights import Weights
 from tpu import host
 from tpu.errors import UserError
 from tpu.mesh import make_mesh

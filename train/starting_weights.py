@@ -13,8 +13,8 @@ from jax.sharding import Mesh
 
 from model import kinds
 from model.fields.vision import VisionConfig
-from model.transformer import Weights
 from model.vision.vit import resampled
+from model.weights import Weights
 from tpu import rules
 from tpu.errors import UserError
 from train.checkpoint import checkpoint

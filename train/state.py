@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import jax
 
 from model.attention.memory import Memory
-from model.transformer import Weights
+from model.weights import Weights
 
 Metrics = dict[str, jax.Array]
 

@@ -18,7 +18,7 @@ import optax
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from model import kinds, transformer
+from model import kinds
 from model.attention.memory import Memory, empty_memory
 from model.attention.ring_attention import zigzag
 from model.bert import Bert
@@ -26,9 +26,10 @@ from model.dropout import row_keys
 from model.encoder_decoder import EncoderDecoder
 from model.fusion.contrastive import Contrastive
 from model.place import Place
-from model.transformer import Transformer, Weights
+from model.transformer import Transformer
 from model.vision.image_classifier import ImageClassifier
 from model.vision.images import Images
+from model.weights import Weights, bind
 from tpu import rules
 from tpu.errors import UserError
 from train.adapter import weights as adapter_weights
@@ -238,7 +239,7 @@ def make_program(experiment: Experiment, mesh: Mesh) -> Program:
 
     def model_of(weights: Weights, base: Weights | None, keys: jax.Array | None) -> Any:
         weights = kept(weights, jax.tree.map(jax.lax.stop_gradient, weights))
-        return transformer.bind(graphdef, adapter_weights.combined(adapter, base, weights, keys) if parts else weights)
+        return bind(graphdef, adapter_weights.combined(adapter, base, weights, keys) if parts else weights)
 
     def loss(weights: Weights, base: Weights | None, part: Any, of_all: Any) -> tuple[jax.Array, Any]:
         """A part of a batch's share in its loss, and ((share of the nll, what the routers did), memory).

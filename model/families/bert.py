@@ -16,7 +16,7 @@ from model.families.mapping import Family, Peer
 from model.families.options import ACTIVATIONS, choice, get, only, word
 from model.kinds import build
 from model.place import Place
-from model.transformer import Weights, bind
+from model.weights import Weights, bind
 from tpu.errors import UserError
 
 LAYER = "bert.encoder.layer.{layer}"

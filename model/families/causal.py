@@ -14,8 +14,10 @@ import numpy as np
 from model.config import ModelConfig
 from model.generate.decode import NOTHING_SEEN, Sight, decoding_weights, make_decoder, row_keys, slots_for
 from model.generate.sampling import Sampling
+from model.kinds import build
 from model.place import Place
-from model.transformer import Transformer, Weights, bind, build
+from model.transformer import Transformer
+from model.weights import Weights, bind
 from tpu.errors import UserError
 
 INPUTS = ("input_ids", "attention_mask", "position_ids", "labels")
@@ -28,7 +30,7 @@ def run(
     """logits [B, T, V] and last_hidden_state [B, T, D] float32; loss with labels; sequences with new_tokens.
 
     Args:
-      config: placed. weights: of `model.transformer.build(config)`.
+      config: placed. weights: of `model.kinds.build(config)`.
       inputs: input_ids [B, T] and, if there, attention_mask, position_ids and labels of the same shape, integers.
       options: config.json and, over it, generation_config.json: `eos_token_id` and `pad_token_id`.
 

@@ -22,8 +22,8 @@ from model.families.vit import flag, named, pixels
 from model.fields.vision import VisionConfig
 from model.generate.decode import Sight
 from model.kinds import build
-from model.transformer import Weights, bind
 from model.vision.images import Images
+from model.weights import Weights, bind
 from tpu.errors import UserError
 
 PERCEIVER, BLOCK = "vision.connector.perceiver", "model.perceiver_resampler.blocks.{0}"

@@ -13,7 +13,7 @@ import numpy as np
 
 from model.families.mapping import PeerWeights
 from model.kinds import build
-from model.transformer import Weights
+from model.weights import Weights
 from tpu import rules
 
 Read = Callable[[tuple[int, ...], tuple[slice, ...]], np.ndarray]

@@ -21,8 +21,8 @@ from model.families.vit import pixels
 from model.fields.vision import VisionConfig
 from model.generate.decode import Sight
 from model.kinds import build
-from model.transformer import Weights, bind
 from model.vision.images import Images
+from model.weights import Weights, bind
 from tpu.errors import UserError
 
 BY_TOKEN = {"slots": -1, "seen": 0, "given": 0}  # of `Images`, [B, T] each, and what padding has

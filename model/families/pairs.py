@@ -21,7 +21,7 @@ from model.fusion.contrastive import unit
 from model.kinds import build
 from model.linear import exact_matmul
 from model.place import Place
-from model.transformer import Weights, bind
+from model.weights import Weights, bind
 from tpu.errors import UserError
 
 TEXTS = ("input_ids", "attention_mask")

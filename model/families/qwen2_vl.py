@@ -29,8 +29,8 @@ from model.families.vit import named
 from model.fields.vision import VisionConfig
 from model.generate.decode import Sight
 from model.kinds import build
-from model.transformer import Weights, bind
 from model.vision.images import Images
+from model.weights import Weights, bind
 from tpu.errors import UserError
 
 VIT, BLOCK = "vision.encoder.vit", "visual.blocks.{layer}"

@@ -18,7 +18,7 @@ from model.families.options import choice, get, only, word
 from model.families.vit import labels, loss, named, pixels, read_labels, refuse_tokens, write_labels
 from model.fields.vision import VisionConfig
 from model.kinds import build
-from model.transformer import Weights, bind
+from model.weights import Weights, bind
 
 RESNET, LAYER = "vision.encoder.resnet", "resnet.encoder.stages.{0}.layers.{1}"
 UNITS = {

@@ -16,7 +16,7 @@ from model.generate.decode import decoding_weights, make_decoder, row_keys, slot
 from model.generate.sampling import Sampling
 from model.kinds import build
 from model.place import Place
-from model.transformer import Weights, bind
+from model.weights import Weights, bind
 from tpu.errors import UserError
 
 PLAIN = {"relu": "relu", "gelu": "gelu", "gelu_new": "gelu_tanh"}

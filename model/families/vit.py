@@ -17,7 +17,7 @@ from model.families.mapping import Family, Peer
 from model.families.options import ACTIVATIONS, choice, get, only, word
 from model.fields.vision import VisionConfig
 from model.kinds import build
-from model.transformer import Weights, bind
+from model.weights import Weights, bind
 from tpu.errors import UserError
 
 VIT = "vision.encoder.vit"

@@ -25,8 +25,9 @@ from model.encoder_decoder import EncoderDecoder, decoder_config
 from model.generate.sampling import Sampling, draw
 from model.place import Place
 from model.stack import unstack
-from model.transformer import Transformer, Weights, bind
+from model.transformer import Transformer
 from model.vision.images import Images
+from model.weights import Weights, bind
 from tpu.errors import UserError
 
 NO_TOKEN = -1

@@ -1,6 +1,6 @@
 """Pieces of models in plain numpy and float64, written from the papers, for the tests to compare with.
 
-Weights are the nested dictionaries of `model.transformer.build`, of one layer.
+Weights are the nested dictionaries of `model.weights.build`, of one layer.
 
 Legend: B rows, T queries, S keys, H heads, K head_dim.
 """
@@ -15,8 +15,8 @@ import numpy as np
 import scipy.special
 from flax import nnx
 
-from model import transformer
 from model.config import ModelConfig
+from model.weights import build
 
 ACTIVATIONS = {
     "gelu": lambda x: x * scipy.special.ndtr(x),
@@ -30,7 +30,7 @@ ACTIVATIONS = {
 
 def drawn(config: ModelConfig, make: Callable[..., nnx.Module], seed: int = 0) -> tuple[nnx.GraphDef, Any]:
     """The graph of `make(config, rngs)` and random weights that keep activations near 1, none of them at its start."""
-    graphdef, abstract, _ = transformer.build(config, make)
+    graphdef, abstract, _ = build(config, make)
     rng = np.random.default_rng(seed)
 
     def draw(path: tuple, leaf: jax.ShapeDtypeStruct) -> jax.Array:

@@ -9,11 +9,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from model import block, transformer
+from model import block, kinds, transformer
 from model.attention import attend
 from model.config import ModelConfig
 from model.dropout import dropout, row_keys
 from model.place import Place
+from model.weights import bind
 
 
 @pytest.mark.parametrize("rate", [0.1, 0.5, 0.9])
@@ -58,7 +59,7 @@ def test_every_place_of_every_layer_draws_its_own(monkeypatch):
         layer_loop="unroll",
     )
     config = config.resolved().placed("cpu", "float32")
-    graphdef, abstract, _ = transformer.build(config)
+    graphdef, abstract, _ = kinds.build(config)
     tokens = jnp.zeros((1, 3), jnp.int32)
     drawn = []
 
@@ -72,7 +73,7 @@ def test_every_place_of_every_layer_draws_its_own(monkeypatch):
     def keys(key: jax.Array) -> list:
         drawn.clear()
         weights = jax.tree.map(lambda leaf: jnp.ones(leaf.shape), abstract)
-        transformer.bind(graphdef, weights)(tokens, Place(tokens + 1, tokens), key=row_keys(key, 1))
+        bind(graphdef, weights)(tokens, Place(tokens + 1, tokens), key=row_keys(key, 1))
         return [data for _, data in drawn]
 
     keys_of_steps = jax.jit(jax.vmap(keys))(jax.random.split(jax.random.key(0), 2))
@@ -84,12 +85,12 @@ def test_every_place_of_every_layer_draws_its_own(monkeypatch):
 def test_rates_without_a_key_change_nothing():
     config = ModelConfig(vocab_size=5, layers=1, embed_dim=4, heads=1).resolved().placed("cpu", "float32")
     rates = {"embedding_dropout": 0.5, "attention_dropout": 0.5, "residual_dropout": 0.5}
-    graphdef, abstract, _ = transformer.build(config)
-    noisy = transformer.build(dataclasses.replace(config, **rates))[0]
+    graphdef, abstract, _ = kinds.build(config)
+    noisy = kinds.build(dataclasses.replace(config, **rates))[0]
     weights = jax.tree.map(lambda leaf: jnp.linspace(0, 1, leaf.size).reshape(leaf.shape), abstract)
     tokens = jnp.arange(5, dtype=jnp.int32)[None]
     hidden = [
-        jax.jit(lambda w, g=g, key=key: transformer.bind(g, w)(tokens, Place(tokens * 0, tokens), key=key)[0])(weights)
+        jax.jit(lambda w, g=g, key=key: bind(g, w)(tokens, Place(tokens * 0, tokens), key=key)[0])(weights)
         for g, key in ((graphdef, None), (noisy, None), (noisy, row_keys(jax.random.key(0), 1)))
     ]
     np.testing.assert_array_equal(hidden[0], hidden[1])

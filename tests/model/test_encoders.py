@@ -15,6 +15,7 @@ from model.config import ModelConfig
 from model.encoder_decoder import decoder_config
 from model.place import Place
 from model.positions.relative_positions import RelativeBias, buckets
+from model.weights import bind
 from tpu.errors import UserError
 
 SHARED = {"vocab_size": 23, "layers": 2, "embed_dim": 16, "heads": 4, "init": "fan_in", "init_std": 1.0}
@@ -37,7 +38,7 @@ def made(loop: str = "unroll", **fields) -> tuple[ModelConfig, transformer.Trans
     config = ModelConfig(**(SHARED | fields), layer_loop=loop).resolved().placed("cpu", "float32")
     weights = jax.jit(lambda key: kinds.init(config, key))(jax.random.key(3))
     weights = jax.tree.map(lambda w: w + 0.1 * jax.random.normal(jax.random.key(w.size), w.shape), weights)
-    return config, transformer.bind(kinds.build(config)[0], weights)
+    return config, bind(kinds.build(config)[0], weights)
 
 
 def test_an_encoder_sees_later_tokens_and_no_other_segment():

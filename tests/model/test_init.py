@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from model import transformer
+from model import kinds
 from model.config import ModelConfig
 from tpu import rules
 
@@ -20,7 +20,7 @@ def drawn(**fields) -> dict[str, np.ndarray]:
     config = ModelConfig(
         vocab_size=300, layers=8, embed_dim=48, heads=4, mlp_dim=160, positions="learned", max_positions=200, **fields
     )
-    weights = jax.jit(lambda key: transformer.init(config.resolved().placed("cpu", "float32"), key))(jax.random.key(3))
+    weights = jax.jit(lambda key: kinds.init(config.resolved().placed("cpu", "float32"), key))(jax.random.key(3))
     return {
         jax.tree_util.keystr(path, simple=True, separator="."): np.asarray(leaf)
         for path, leaf in jax.tree_util.tree_leaves_with_path(weights)
@@ -73,7 +73,7 @@ def test_starts_by_fan(init):
 @given(data=st.data())
 def test_every_dimension_of_every_weight_has_a_name_in_the_table(model_configs, data):
     config = data.draw(model_configs).placed("cpu", "float32")
-    _, weights, axes = transformer.build(config)
+    _, weights, axes = kinds.build(config)
     named = jax.tree.structure(axes, is_leaf=lambda leaf: isinstance(leaf, tuple))
     assert named == jax.tree.structure(weights)
     sizes = {
@@ -98,13 +98,13 @@ def test_every_dimension_of_every_weight_has_a_name_in_the_table(model_configs, 
         flat = jax.tree.leaves(tuple(rules.partition_spec(names)))
         assert len(set(flat)) == len(flat)
         assert set(flat) <= set(rules.MESH_AXES)
-    kinds = {path[-1].key for path, _ in jax.tree_util.tree_leaves_with_path(weights)}
-    assert kinds <= {"kernel", "bias", "scale", "embedding"}
+    last_names = {path[-1].key for path, _ in jax.tree_util.tree_leaves_with_path(weights)}
+    assert last_names <= {"kernel", "bias", "scale", "embedding"}
 
 
 def test_weights_come_in_their_dtype():
     config = ModelConfig(vocab_size=9, layers=2, embed_dim=4, heads=1, weight_dtype="bfloat16").resolved()
     config = config.placed("cpu", "float32")
-    weights = jax.eval_shape(lambda: transformer.init(config, jax.random.key(0)))
+    weights = jax.eval_shape(lambda: kinds.init(config, jax.random.key(0)))
     assert {leaf.dtype.name for leaf in jax.tree.leaves(weights)} == {"bfloat16"}
-    assert jax.tree.structure(weights) == jax.tree.structure(transformer.build(config)[1])
+    assert jax.tree.structure(weights) == jax.tree.structure(kinds.build(config)[1])

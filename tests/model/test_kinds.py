@@ -24,13 +24,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel
 
-from model import transformer
+from model import kinds
 from model.attention.attend import attend
 from model.attention.block_sparse_attention import SparsePattern, block_sparse_attention, chosen_blocks, sparse_mask
 from model.attention.linear_attention import linear_attention
 from model.config import ModelConfig
 from model.place import Place, visible
 from model.positions import alibi
+from model.weights import bind
 from tpu.errors import UserError
 
 
@@ -246,9 +247,9 @@ def test_documents_of_a_packed_row_are_alone(name):
     """Hidden states of a row of three documents and padding, and of each document in a row of its own."""
     config = ModelConfig(vocab_size=20, layers=2, embed_dim=16, heads=2, init_std=0.3)
     config = dataclasses.replace(config, **KINDS[name]).resolved().placed("cpu", "float32")
-    graphdef, _, _ = transformer.build(config)
-    weights = transformer.init(config, jax.random.key(0))
-    forward = jax.jit(lambda tokens, place: transformer.bind(graphdef, weights)(tokens, place)[0])
+    graphdef, _, _ = kinds.build(config)
+    weights = kinds.init(config, jax.random.key(0))
+    forward = jax.jit(lambda tokens, place: bind(graphdef, weights)(tokens, place)[0])
     lengths = [21, 6, 30]
     tokens = np.random.default_rng(0).integers(0, 20, (1, 64)).astype(np.int32)
     segments = np.repeat([1, 2, 3, 0], [*lengths, 64 - sum(lengths)])[None]

@@ -17,13 +17,14 @@ from flax import nnx
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from model import transformer
+from model import kinds
 from model.attention.cache import empty_cache
 from model.config import ModelConfig
 from model.linear import grouped_matmul
 from model.mlp import ACTIVATIONS
 from model.moe import MoE, Routing
 from model.place import Place
+from model.weights import bind
 from tpu.errors import UserError
 from tpu.mesh import make_mesh
 from train.config import MeshConfig
@@ -187,14 +188,14 @@ def test_generation_through_the_cache_equals_the_full_forward(fields):
     """A token at a time; with a capacity, generation drops nothing and equals the dropless model."""
     config = configured(experts=4, **fields)
     limited = dataclasses.replace(config, capacity_factor=0.5)
-    weights = transformer.init(config, jax.random.key(0))
+    weights = kinds.init(config, jax.random.key(0))
     weights = jax.tree.map(lambda w: w + 0.3 * jax.random.normal(jax.random.key(1), w.shape), weights)
     tokens = jnp.asarray(np.random.default_rng(0).integers(0, 20, (3, 9)), jnp.int32)
     places = Place(jnp.ones_like(tokens), jnp.broadcast_to(jnp.arange(9, dtype=jnp.int32), tokens.shape))
-    full, _ = transformer.bind(transformer.build(config)[0], weights)(tokens, places)
-    dropped, _ = transformer.bind(transformer.build(limited)[0], weights)(tokens, places)
+    full, _ = bind(kinds.build(config)[0], weights)(tokens, places)
+    dropped, _ = bind(kinds.build(limited)[0], weights)(tokens, places)
     assert np.abs(np.asarray(full - dropped)).max() > 0.1
-    model, cache = transformer.bind(transformer.build(limited)[0], weights), empty_cache(limited, 3, 9)
+    model, cache = bind(kinds.build(limited)[0], weights), empty_cache(limited, 3, 9)
     step = jax.jit(lambda cache, tokens, place: model(tokens, place, cache))
     for t in range(9):
         hidden, cache = step(cache, tokens[:, t : t + 1], jax.tree.map(lambda a: a[:, t : t + 1], places))
@@ -206,7 +207,7 @@ def test_which_layers_are_mixtures():
     assert config.pattern == ("local", "local", "global") * 2
     assert config.resolved() == config
     assert [config.mixes(i) for i in range(6)] == [False, True] * 3
-    groups = transformer.build(config)[1]["stack"]["groups"]
+    groups = kinds.build(config)[1]["stack"]["groups"]
     found = {name: {"mlp", "moe"} & layer.keys() for name, layer in groups.items()}
     assert found == {f"layer_{i}": {"moe"} if i % 2 else {"mlp"} for i in range(6)}
 

@@ -10,12 +10,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from model import transformer
+from model import kinds
 from model.adapters.lora import LoRA
 from model.attention.cache import empty_cache
 from model.config import ModelConfig
 from model.generate.decode import decoding_weights
 from model.place import Place
+from model.weights import bind
 from tpu.errors import UserError
 from train.budget.summary import parameter_counts, summarize
 from train.config import DataConfig, Experiment, MeshConfig
@@ -39,7 +40,7 @@ def placed(**fields: Any) -> ModelConfig:
 
 def shared(share: str, size: int, rank: int = 0, loop: str = "scan") -> tuple[ModelConfig, Any]:
     config = placed(share_layers=share, share_size=size, share_rank=rank, layer_loop=loop)
-    weights = transformer.init(config, jax.random.key(0))
+    weights = kinds.init(config, jax.random.key(0))
     flat, structure = jax.tree.flatten(weights)
     rng = np.random.default_rng(1)
     return config, structure.unflatten([w + 0.3 * rng.normal(size=w.shape).astype(np.float32) for w in flat])
@@ -68,7 +69,7 @@ def inputs() -> tuple[jax.Array, Place]:
 def value(config: ModelConfig, weights: Any) -> tuple[jax.Array, jax.Array]:
     """A scalar that depends on all logits, and these."""
     tokens, place = inputs()
-    model = transformer.bind(transformer.build(config)[0], weights)
+    model = bind(kinds.build(config)[0], weights)
     logits = model.head(model(tokens, place)[0])
     return jnp.sin(logits).sum(), logits
 
@@ -95,11 +96,11 @@ def test_every_layer_has_a_cache_of_its_own(share, size, rank, loop):
     config, weights = shared(share, size, rank, loop)
     tokens, place = inputs()
     prepared = decoding_weights(config, weights)
-    graphdef = transformer.build(config)[0]
+    graphdef = kinds.build(config)[0]
 
     @jax.jit
     def token(cache: Any, tokens: jax.Array, place: Place) -> tuple[Any, jax.Array]:
-        model = transformer.bind(graphdef, prepared)
+        model = bind(graphdef, prepared)
         hidden, cache = model(tokens, place, cache)
         return cache, model.head(hidden)
 
@@ -115,7 +116,7 @@ def test_every_layer_has_a_cache_of_its_own(share, size, rank, loop):
 
 def test_repetitions_of_a_pattern_share():
     config = placed(layers=6, pattern=("local", "global", "local"), window=3, share_layers="all")
-    weights = transformer.build(config)[1]
+    weights = kinds.build(config)[1]
     assert config.layer_sets() == 1
     assert {len(w) for w in jax.tree.leaves(weights["stack"])} == {1}
     assert weights["stack"]["groups"].keys() == {"layer_0", "layer_1", "layer_2"}
@@ -129,7 +130,7 @@ def test_the_count_of_weights_falls_and_that_of_operations_does_not(share, size)
         return summarize(Experiment(model=model, data=data).resolved())
 
     own, less = figures(), figures(share_layers=share, share_size=size)
-    layer = parameter_counts(transformer.build(placed())[1]["stack"])["total"] // LAYERS
+    layer = parameter_counts(kinds.build(placed())[1]["stack"])["total"] // LAYERS
     sets = len(set(SETS[share, size]))
     assert less["parameters"]["total"] == own["parameters"]["total"] - (LAYERS - sets) * layer
     assert less["flops_per_token"] == own["flops_per_token"]

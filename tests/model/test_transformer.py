@@ -16,10 +16,11 @@ import scipy.special
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 
-from model import transformer
+from model import kinds
 from model.config import GATED, ModelConfig
 from model.dropout import row_keys
 from model.place import Place
+from model.weights import bind
 
 SMALL = ModelConfig(
     vocab_size=23,
@@ -53,7 +54,7 @@ def random_weights(config: ModelConfig, seed: int = 0) -> dict[str, Any]:
         scaled = one + 0.3 * values if kind == "scale" else values * (0.3 if kind == "bias" else 0.5)
         return jnp.asarray(scaled, leaf.dtype)
 
-    return jax.tree_util.tree_map_with_path(draw, transformer.build(config)[1])
+    return jax.tree_util.tree_map_with_path(draw, kinds.build(config)[1])
 
 
 def random_rows(config: ModelConfig, seed: int = 0, rows: int = 2, tokens: int = 11) -> tuple[np.ndarray, Place]:
@@ -67,7 +68,7 @@ def random_rows(config: ModelConfig, seed: int = 0, rows: int = 2, tokens: int =
 
 
 def logits(config: ModelConfig, weights: Any, tokens: Any, place: Place, key: jax.Array | None = None) -> jax.Array:
-    model = transformer.bind(transformer.build(config)[0], weights)
+    model = bind(kinds.build(config)[0], weights)
     hidden, cache = model(tokens, place, key=key)
     assert cache is None
     return model.head(hidden)

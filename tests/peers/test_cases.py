@@ -25,8 +25,9 @@ from model.families.load import load, shapes
 from model.families.mapping import export_specs, export_tensor
 from model.hub.export_model import export_model
 from model.hub.import_model import Opened, import_model
+from model.kinds import build
 from model.safetensors import open_directory
-from model.transformer import Weights, bind, build
+from model.weights import Weights, bind
 
 CASES = sorted(path.parent for path in (Path(__file__).parent / "cases").glob("*/case.json"))
 

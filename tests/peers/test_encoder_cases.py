@@ -17,7 +17,7 @@ import jax
 import numpy as np
 import pytest
 
-from model import kinds, transformer
+from model import kinds
 from model.families import bert, t5
 from model.families.causal import integers
 from model.families.load import load, shapes
@@ -25,6 +25,7 @@ from model.families.mapping import export_specs, export_tensor
 from model.hub.export_model import export_model
 from model.hub.import_model import Opened, import_model
 from model.safetensors import open_directory
+from model.weights import bind
 from tests.peers.test_cases import error
 from train.config import DataConfig, Experiment, ObjectiveConfig
 from train.data.batch import Batch
@@ -64,7 +65,7 @@ class Case:
         """How far `outputs(model)` and the gradient of the training loss of `batch` are from the record."""
 
         def loss(weights: Any) -> tuple[jax.Array, Any]:
-            model = transformer.bind(self.graphdef, weights)
+            model = bind(self.graphdef, weights)
             sums = loss_sums(model, self.axes, batch, self.experiment, None)
             return sums.trained / batch.loss_weights.sum() + sums.by_row / len(batch.tokens), outputs(model)
 

@@ -16,9 +16,10 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from model import transformer
+from model import kinds
 from model.config import ModelConfig
 from model.place import Place
+from model.weights import bind
 from tpu.errors import UserError
 from train.adapter import peft
 from train.adapter import weights as adapter_weights
@@ -114,7 +115,7 @@ def _gpt2(theirs: dict[str, np.ndarray]) -> tuple[ModelConfig, Any]:
 
 def logits(config: ModelConfig, weights: Any, tokens: np.ndarray) -> np.ndarray:
     place = Place(jnp.ones_like(tokens), jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape))
-    model = transformer.bind(transformer.build(config)[0], jax.tree.map(jnp.asarray, weights))
+    model = bind(kinds.build(config)[0], jax.tree.map(jnp.asarray, weights))
     return np.asarray(model.head(model(jnp.asarray(tokens), place)[0]))
 
 

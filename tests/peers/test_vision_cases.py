@@ -27,7 +27,7 @@ from model.hub.export_model import KEPT, export_model
 from model.hub.import_model import Opened, import_model
 from model.place import Place
 from model.safetensors import open_directory, write_directory
-from model.transformer import Weights, bind
+from model.weights import Weights, bind
 from tests.peers.published import PARAMETERS
 from tests.peers.test_cases import error
 from tests.peers.vision_case import CASES, arrays, assert_alike, compare, opened

@@ -18,7 +18,7 @@ import numpy as np
 
 from model.families.load import load
 from model.hub.import_model import Opened
-from model.transformer import Weights
+from model.weights import Weights
 from tests.peers.test_cases import error, gradient_norms
 
 CASES = Path(__file__).parent / "vision_cases"

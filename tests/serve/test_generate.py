@@ -17,7 +17,7 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from model import transformer
+from model import kinds
 from model.config import ModelConfig
 from model.generate.decode import decoding_weights, make_decoder
 from serve.completion import Completion, Request, prompt_tokens
@@ -154,8 +154,8 @@ CONFIG = ModelConfig(vocab_size=260, layers=1, embed_dim=16, heads=2, init_std=0
 
 @functools.cache
 def tiny() -> tuple[Any, ...]:
-    graphdef = transformer.build(CONFIG)[0]
-    weights = decoding_weights(CONFIG, transformer.init(CONFIG, jax.random.key(1)))
+    graphdef = kinds.build(CONFIG)[0]
+    weights = decoding_weights(CONFIG, kinds.init(CONFIG, jax.random.key(1)))
     return make_decoder(CONFIG, graphdef, BYTES.vocab_size, BYTES.end_of_document), weights, CONFIG, BYTES
 
 

@@ -14,9 +14,9 @@ import jax
 import numpy as np
 import pytest
 
-from model import transformer
 from model.config import ModelConfig
 from model.place import Place
+from model.weights import bind
 from tpu.errors import UserError
 from tpu.mesh import make_mesh
 from train.config import DataConfig, Experiment, MeshConfig, OptimizerConfig
@@ -68,7 +68,7 @@ def accuracy_of_the_copy(program: Program, weights: Any, documents: int = 3, for
 
     @jax.jit
     def likeliest(batch: Batch, memory: Any) -> tuple[jax.Array, Any]:
-        model = transformer.bind(program.graphdef, weights)
+        model = bind(program.graphdef, weights)
         hidden, memory = model(batch.tokens, Place(batch.segments, batch.positions), memory)
         return model.head(hidden).argmax(-1), memory
 

@@ -302,7 +302,7 @@ def test_answers_are_those_of_the_uncached_model(fusion, merge, tmp_path):
     asked = [made.make("scenes:question", 0, "test", index, 32) for index in range(5)]
     said = answers.replier(model, run.weights, run.tokenizer, data, 3, rows=4)(asked)
     from model.place import Place
-    from model.transformer import bind
+    from model.weights import bind
     from train.data.chat.rows import conversation_row
 
     bound = bind(run.graphdef, run.weights)

@@ -16,6 +16,7 @@ import optax
 import pytest
 
 from model.config import ModelConfig
+from model.weights import bind
 from tpu.mesh import make_mesh
 from train.config import DataConfig, Experiment, LossConfig, MeshConfig, OptimizerConfig
 from train.data.batch import Batch
@@ -128,7 +129,6 @@ def test_micro_batches_give_the_gradient_of_the_batch(one_device, whole, accumul
 
 def test_the_gradient_is_that_of_the_weighted_mean(one_device, whole):
     """By the definition, with a whole batch's logits."""
-    from model import transformer
     from model.place import Place
 
     batch = random_batch()
@@ -137,7 +137,7 @@ def test_the_gradient_is_that_of_the_weighted_mean(one_device, whole):
         weights = start(program).weights
 
         def mean(weights: Any) -> jax.Array:
-            model = transformer.bind(program.graphdef, weights)
+            model = bind(program.graphdef, weights)
             logits = model.head(model(batch.tokens, Place(batch.segments, batch.positions))[0])
             nll = -jnp.take_along_axis(jax.nn.log_softmax(logits), batch.targets[..., None], -1)[..., 0]
             return jnp.sum(nll * batch.loss_weights) / batch.loss_weights.sum()

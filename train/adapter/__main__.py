@@ -94,14 +94,14 @@ def export(path: pathlib.Path, to: pathlib.Path, base: str | None = None) -> Non
 
 def import_peft(source: pathlib.Path, path: pathlib.Path, workdir: pathlib.Path) -> None:
     """Writes an adapter that PEFT wrote as step 0 of a new workdir, over the base in `path`."""
-    from model import transformer
+    from model import kinds
     from train.adapter import peft
     from train.adapter.frozen import open_base
     from train.checkpoint import checkpoint
 
     base = open_base(path)
     config = base.experiment.model.placed("cpu", "float32")
-    frozen = checkpoint.load_weights(base.step_dir, transformer.build(config)[1])
+    frozen = checkpoint.load_weights(base.step_dir, kinds.build(config)[1])
     adapter, trained = peft.load(source, config, frozen)
     meta = checkpoint.read_meta(base.step_dir) | {"base": base.reference()}
     _write(workdir, trained, meta, dataclasses.replace(base.experiment, adapter=adapter).resolved())

@@ -17,12 +17,12 @@ import jax
 import jax.numpy as jnp
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from model import transformer
+from model import kinds
 from model.adapters.dora import DoRA
 from model.adapters.lora import LoRA, applied, draw_a, factors
 from model.config import ModelConfig
 from model.dropout import fold_in
-from model.transformer import Weights
+from model.weights import Weights
 from tpu.errors import UserError
 from train.config import ADDED_FIELDS, AdapterConfig
 
@@ -47,8 +47,8 @@ def parts(adapter: AdapterConfig, config: ModelConfig) -> Parts:
 
     Raises UserError where the adapter finds nothing to train, naming what there is.
     """
-    _, whole, axes = transformer.build(config)
-    _, base, base_axes = transformer.build(base_model(adapter, config))
+    _, whole, axes = kinds.build(config)
+    _, base, base_axes = kinds.build(base_model(adapter, config))
     shapes, names, old = flatten_dict(whole), flatten_dict(axes), flatten_dict(base)
     found: dict[tuple[str, ...], tuple[tuple[int, ...], tuple[str, ...]]] = {}
     if adapter.kind in ("lora", "dora"):
@@ -71,7 +71,7 @@ def init(adapter: AdapterConfig, config: ModelConfig, key: jax.Array, base: Weig
     """The trained weights with which the model computes what `base` alone does."""
     trained = parts(adapter, config)
     old, names = flatten_dict(base), flatten_dict(trained.base_axes)
-    drawn = flatten_dict(transformer.init(dataclasses.replace(config, weight_dtype="float32"), key))
+    drawn = flatten_dict(kinds.init(dataclasses.replace(config, weight_dtype="float32"), key))
     new = {}
     for number, (path, leaf) in enumerate(sorted(flatten_dict(trained.trained).items())):
         if path[-1] == "lora_a":

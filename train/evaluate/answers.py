@@ -14,8 +14,8 @@ from model.config import ModelConfig
 from model.generate.decode import NO_TOKEN, Sight, decoding_weights, make_decoder, row_keys, slots_for
 from model.generate.sampling import Sampling
 from model.kinds import build
-from model.transformer import Weights
 from model.vision.images import Images
+from model.weights import Weights
 from train.config import DataConfig
 from train.data.chat.record import IMAGE, Conversation
 from train.data.chat.rows import assembly_of

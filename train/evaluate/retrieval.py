@@ -11,7 +11,7 @@ import numpy as np
 from model.config import ModelConfig
 from model.kinds import build
 from model.place import Place
-from model.transformer import Weights, bind
+from model.weights import Weights, bind
 from train.data.chat.record import Conversation
 from train.data.chat.rows import good, last_answer, open_source, text_row
 from train.data.images.look import look

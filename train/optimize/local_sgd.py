@@ -25,7 +25,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec
 
-from model.transformer import Weights
+from model.weights import Weights
 from tpu import rules
 from train.config import OptimizerConfig
 from train.data.batch import Batch

@@ -21,7 +21,7 @@ def optimizer(config: OptimizerConfig, learning_rate: optax.Schedule, axes: Any)
     the gradient in all of them.
 
     Args:
-      axes: the weights' logical axes, as `model.transformer.build` gives them; they say what is a matrix of a layer.
+      axes: the weights' logical axes, as `model.kinds.build` gives them; they say what is a matrix of a layer.
     """
     decay, decays = config.weight_decay, lambda weights: decay_mask(weights, config.no_decay)
     if config.name == "adamw":

@@ -14,10 +14,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from model import transformer
+from model import kinds
 from model.attention.memory import Memory, Pairs, empty_memory, recall, remember
 from model.config import ModelConfig
 from model.place import Place
+from model.weights import bind
 
 BASE = ModelConfig(vocab_size=20, layers=2, embed_dim=16, heads=4, kv_heads=2, init_std=0.3)
 KINDS = {
@@ -36,13 +37,13 @@ KINDS = {
 @functools.cache
 def model_of(**fields: Any) -> tuple[ModelConfig, Any, Any]:
     config = dataclasses.replace(BASE, **fields).resolved().placed("cpu", "float32")
-    weights = jax.jit(lambda key: transformer.init(config, key))(jax.random.key(0))
-    return config, transformer.build(config)[0], weights
+    weights = jax.jit(lambda key: kinds.init(config, key))(jax.random.key(0))
+    return config, kinds.build(config)[0], weights
 
 
 @functools.partial(jax.jit, static_argnums=0)
 def forward(graphdef: Any, weights: Any, tokens: Any, place: Place, memory: Memory | None = None) -> Any:
-    return transformer.bind(graphdef, weights)(tokens, place, memory)
+    return bind(graphdef, weights)(tokens, place, memory)
 
 
 def tokens_and_place(lengths: list[list[int]], total: int) -> tuple[np.ndarray, Place]:
@@ -134,8 +135,8 @@ def test_no_gradient_flows_into_the_row_before():
 
     def second_row(old: Any, new: Any) -> jax.Array:
         """The second row with weights `new`, after a first one with weights `old`."""
-        _, memory = transformer.bind(graphdef, old)(tokens[:, :12], first, empty_memory(config, 1))
-        return mixed(transformer.bind(graphdef, new)(tokens[:, 12:], second, memory)[0])
+        _, memory = bind(graphdef, old)(tokens[:, :12], first, empty_memory(config, 1))
+        return mixed(bind(graphdef, new)(tokens[:, 12:], second, memory)[0])
 
     of_old, of_new = jax.jit(jax.grad(second_row, (0, 1)))(weights, weights)
     assert all(not np.any(leaf) for leaf in jax.tree.leaves(of_old))

@@ -14,13 +14,13 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from model import transformer
 from model.attention.cross_attention import Source
 from model.config import ModelConfig
 from model.fields.vision import VisionConfig
 from model.fusion.co_attention import CoConnection
 from model.fusion.streams import Streams
 from model.place import Place
+from model.weights import bind
 from tests.model import float64
 
 TEXT, WIDTH, HEADS, INNER = 8, 6, 2, 10
@@ -60,7 +60,7 @@ def test_a_connection_is_that_of_the_paper(post, norm, qk_norm):
     number = np.array([[0, 0, 1, 1, 2], [0, 0, 1, 1, 2]], np.int32)
     place = Place(segments, np.array([[0, 1, 2, 0, 1, 2], [0, 1, 2, 3, 4, 5]], np.int32))
     source = Source(v, Place(of_image, number), Place(segments, seen - 1))
-    run = jax.jit(lambda w: transformer.bind(graphdef, w)(h, place, given, source, None)[:2])
+    run = jax.jit(lambda w: bind(graphdef, w)(h, place, given, source, None)[:2])
     text, images = run(weights)
 
     same = segments[:, :, None] == of_image[:, None]

@@ -13,12 +13,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from model import kinds, transformer
+from model import kinds
 from model.config import ModelConfig
 from model.fields.vision import VisionConfig
 from model.fusion.contrastive import Contrastive
 from model.place import Place
 from model.vision.vision import Vision
+from model.weights import bind, build, init
 from tests.model import float64
 from train.data.chat.rows import text_row
 from train.data.text.tokenizer import ByteTokenizer
@@ -54,7 +55,7 @@ def texts(case: str) -> tuple[np.ndarray, Place, np.ndarray]:
 def test_a_text_is_its_last_token_or_its_row_s(case):
     config, graphdef, weights = made(case)
     tokens, place, ends = texts(case)
-    found = jax.jit(lambda w: transformer.bind(graphdef, w).texts(tokens, place))(weights)
+    found = jax.jit(lambda w: bind(graphdef, w).texts(tokens, place))(weights)
     w = float64.exactly(weights)
     h = w["embedding"]["embedding"][tokens] + w["position_embedding"]["embedding"][place.positions]
     mask = np.ones((3, 7, 7), bool)  # SigLIP's padding is read with its text
@@ -71,7 +72,7 @@ def test_a_text_is_its_last_token_or_its_row_s(case):
 def test_what_follows_a_text_s_end_is_not_read_and_the_end_may_be_given():
     _, graphdef, weights = made("clip")
     tokens, place, ends = texts("clip")
-    run = jax.jit(lambda tokens, place, ends: transformer.bind(graphdef, weights).texts(tokens, place, ends))
+    run = jax.jit(lambda tokens, place, ends: bind(graphdef, weights).texts(tokens, place, ends))
     found = run(tokens, place, None)
     np.testing.assert_array_equal(run(np.where(place.segments > 0, tokens, 3), place, None), found)
     whole = place._replace(segments=np.ones_like(place.segments))
@@ -85,7 +86,7 @@ def test_short_texts_have_vectors_of_their_own(case):
     rows = [text_row(text, ByteTokenizer(), 9) for text in ("a", "b", "ab")]
     tokens, segments, positions = (np.stack([row[field] for row in rows]) for field in (0, 3, 4))
     place = Place(segments, positions)
-    found = jax.jit(lambda w: transformer.bind(graphdef, w).texts(tokens % 11, place))(weights)
+    found = jax.jit(lambda w: bind(graphdef, w).texts(tokens % 11, place))(weights)
     for one, other in ((0, 1), (0, 2), (1, 2)):
         assert np.abs(found[one] - found[other]).max() > 1e-3
 
@@ -94,9 +95,9 @@ def test_short_texts_have_vectors_of_their_own(case):
 def test_an_image_is_one_vector_of_length_one(case):
     config, graphdef, weights = made(case)
     pixels = np.random.default_rng(0).integers(0, 256, (2, 8, 8, 3)).astype(np.uint8)
-    found = jax.jit(lambda w: transformer.bind(graphdef, w).images(pixels))(weights)
-    vision = transformer.build(config, Vision)[0]
-    wanted = jax.jit(lambda w: transformer.bind(vision, w).pooled(pixels))(weights["vision"])
+    found = jax.jit(lambda w: bind(graphdef, w).images(pixels))(weights)
+    vision = build(config, Vision)[0]
+    wanted = jax.jit(lambda w: bind(vision, w).pooled(pixels))(weights["vision"])
     assert ("image_projection" in weights) == (case != "siglip")
     if "image_projection" in weights:
         wanted = float64.linear(np.asarray(wanted, np.float64), float64.exactly(weights["image_projection"]))
@@ -108,7 +109,7 @@ def test_an_image_is_one_vector_of_length_one(case):
 def test_logits_are_scaled_similarities(case):
     """CLIP's scale is at most 100, SigLIP's has no limit and a bias beside it."""
     _, graphdef, weights = made(case)
-    model = transformer.bind(graphdef, weights)
+    model = bind(graphdef, weights)
     rng = np.random.default_rng(1)
     images, texts = rng.normal(size=(2, 8)), rng.normal(size=(3, 8))
     for scale in (0.5, 7.0):
@@ -123,7 +124,7 @@ def test_scale_and_bias_start_as_in_the_papers(case, scale, bias):
     config, _, _ = made(case)
 
     def first(key: jax.Array) -> Any:  # What is not returned is not compiled.
-        weights = transformer.init(config, key, Contrastive)
+        weights = init(config, key, Contrastive)
         return {name: weights[name] for name in ("logit_scale", "logit_bias") if name in weights}
 
     weights = jax.jit(first)(jax.random.key(0))

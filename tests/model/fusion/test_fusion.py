@@ -19,7 +19,7 @@ import pytest
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 
-from model import transformer
+from model import kinds
 from model.attention.cache import empty_cache
 from model.attention.cross_attention import CrossAttention, Source
 from model.attention.ring_attention import zigzag
@@ -29,6 +29,7 @@ from model.place import Place, visible
 from model.positions import alibi
 from model.transformer import Transformer
 from model.vision.images import Images
+from model.weights import bind
 from tests.model import float64
 from tpu.errors import UserError
 from tpu.mesh import make_mesh
@@ -75,11 +76,11 @@ class Model(NamedTuple):
 
 def made(config: ModelConfig) -> Model:
     graphdef, weights = float64.drawn(config, Transformer)
-    model = transformer.bind(graphdef, weights)
+    model = bind(graphdef, weights)
 
     @jax.jit
     def hidden(weights: Any, tokens: Any, place: Place, images: Images | None) -> jax.Array:
-        return transformer.bind(graphdef, weights)(tokens, place, images=images)[0]
+        return bind(graphdef, weights)(tokens, place, images=images)[0]
 
     @jax.jit
     def prefill(tokens: Any, place: Place, images: Images) -> Any:
@@ -312,19 +313,17 @@ def test_any_model_generates_what_it_computes(config, seed):
 def test_with_closed_gates_the_language_model_is_as_it_was():
     model = case("cross")
     language = dataclasses.replace(model.config, fusion="none", vision=VisionConfig())
-    graphdef, _, _ = transformer.build(language)
+    graphdef, _, _ = kinds.build(language)
     group = dict(model.weights["stack"]["groups"])
     gate = group.pop("gate_1")
     own = {name: part for name, part in model.weights.items() if name != "vision"} | {"stack": {"groups": group}}
     closed = gate | {name: jnp.zeros_like(gate[name]) for name in ("attention_gate", "mlp_gate")}
     weights = model.weights | {"stack": {"groups": group | {"gate_1": closed}}}
     tokens, place, images = laid_out(model.config, [["tIttaIta"], ["IttaIta", "tta"]])
-    wanted = jax.jit(lambda w: transformer.bind(graphdef, w)(tokens, place)[0])(own)
+    wanted = jax.jit(lambda w: bind(graphdef, w)(tokens, place)[0])(own)
     np.testing.assert_array_equal(model.hidden(weights, tokens, place, images), wanted)
     assert differ(model.hidden(model.weights, tokens, place, images), wanted)[place.segments > 0].any()
-    head = [
-        transformer.bind(g, w).head(wanted) for g, w in ((graphdef, own), (transformer.build(model.config)[0], weights))
-    ]
+    head = [bind(g, w).head(wanted) for g, w in ((graphdef, own), (kinds.build(model.config)[0], weights))]
     np.testing.assert_array_equal(*head)
 
 
@@ -344,7 +343,7 @@ def test_a_token_sees_the_last_image_or_all_and_before_any_nothing(sees):
         before = image < images.seen[b, t] and (sees == "all" or image == images.seen[b, t] - 1)
         mask[b, t, s] = before and images.segments[b, image] == place.segments[b, t]
     source = Source(jnp.asarray(y, jnp.float32), at, images.queries(place))
-    found, _ = transformer.bind(graphdef, weights)(jnp.asarray(x, jnp.float32), place, source, None, None)
+    found, _ = bind(graphdef, weights)(jnp.asarray(x, jnp.float32), place, source, None, None)
     real = place.segments > 0
     close(found[real], float64.cross(x, y, float64.exactly(weights), mask)[real])
     assert not np.any(found[real & ~mask.any(-1)])
@@ -395,11 +394,11 @@ def test_a_mesh_gives_the_hidden_states_of_one_device(name):
     model = case(name)
     tokens, place, images = laid_out(model.config, [["tIttaIta"], ["IttaIta", "tta"], ["tta"], ["IIta", "It"]])
     wanted = model.hidden(model.weights, tokens, place, images)
-    graphdef, order = transformer.build(model.config)[0], zigzag(TOKENS, 2)
+    graphdef, order = kinds.build(model.config)[0], zigzag(TOKENS, 2)
     place = Place(*(a[:, order] for a in place[:2]))
     images = images._replace(**{field: getattr(images, field)[:, order] for field in ("slots", "seen", "given")})
     with jax.set_mesh(make_mesh(MeshConfig(fsdp=2, tensor=2, sequence=2), jax.devices())):
-        run = jax.jit(lambda w, *row, images: transformer.bind(graphdef, w)(*row, images=images)[0])
+        run = jax.jit(lambda w, *row, images: bind(graphdef, w)(*row, images=images)[0])
         found = np.asarray(run(model.weights, tokens[:, order], place, images=images))
     real = place.segments > 0
     close(found[real], np.asarray(wanted)[:, order][real])

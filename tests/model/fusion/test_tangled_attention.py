@@ -11,11 +11,11 @@ import jax
 import numpy as np
 import pytest
 
-from model import transformer
 from model.config import ModelConfig
 from model.fields.vision import VisionConfig
 from model.fusion.tangled_attention import Streams, TangledConnection
 from model.place import Place
+from model.weights import bind
 from tests.model import float64
 
 TEXT, WIDTH, HEADS, INNER = 8, 6, 2, 10
@@ -104,7 +104,7 @@ def test_a_tangled_block_is_that_of_its_text_or_its_code(variant, post, qk_norm,
     of_regions, of_actions = (Place(*(np.repeat(a, n, 1) for a in (IMAGES, NUMBERS))) for n in (4, actions))
     streams = Streams(others[0], of_regions, others[1], of_actions)
     place, seen = Place(SEGMENTS, POSITIONS), Place(SEGMENTS, SEEN - 1)
-    run = jax.jit(lambda w: transformer.bind(graphdef, w)(text, place, None, seen, GIVEN, streams, None)[:2])
+    run = jax.jit(lambda w: bind(graphdef, w)(text, place, None, seen, GIVEN, streams, None)[:2])
     found, after = run(weights)
     exact = (a.astype(np.float64) for a in (text, *others))
     wanted = block(float64.exactly(weights), *exact, variant, post)

@@ -18,7 +18,7 @@ import scipy.special
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from model import transformer
+from model import kinds
 from model.config import ModelConfig
 from model.generate.decode import (
     NO_TOKEN,
@@ -32,8 +32,9 @@ from model.generate.decode import (
     slots_for,
 )
 from model.generate.sampling import Sampling
+from model.kinds import build
 from model.place import Place
-from model.transformer import bind, build
+from model.weights import bind
 
 BASE = ModelConfig(
     vocab_size=31,
@@ -96,7 +97,7 @@ def placed(**fields: Any) -> ModelConfig:
 def model_of(**fields: Any) -> tuple[ModelConfig, Any, Any]:
     """Config, graph and weights (stacked, as they are trained)."""
     config = placed(**fields)
-    return config, build(config)[0], jax.jit(lambda key: transformer.init(config, key))(jax.random.key(0))
+    return config, build(config)[0], jax.jit(lambda key: kinds.init(config, key))(jax.random.key(0))
 
 
 def full_logits(model: tuple[ModelConfig, Any, Any], tokens: Sequence[int]) -> np.ndarray:

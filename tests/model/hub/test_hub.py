@@ -25,8 +25,8 @@ from model.fields.vision import VisionConfig
 from model.hub.__main__ import run_model
 from model.hub.export_model import export_model
 from model.hub.import_model import Opened, import_model, row_length
+from model.kinds import init
 from model.safetensors import DTYPES, open_directory, write_directory
-from model.transformer import init
 from tpu.errors import UserError
 from tpu.mesh import make_mesh
 from train.checkpoint import checkpoint

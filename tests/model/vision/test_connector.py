@@ -12,10 +12,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from model import transformer
 from model.config import ModelConfig
 from model.fields.vision import VisionConfig
 from model.vision.connector import Connector, Perceiver, source_width
+from model.weights import bind
 from tests.model import float64
 from tpu.errors import UserError
 
@@ -38,7 +38,7 @@ def ran(config: ModelConfig, x: np.ndarray, grid: tuple[int, int] | None = GRID)
     """The weights in float64, and what the connector makes of x."""
     graphdef, weights = float64.drawn(config, Connector)
     there = np.ones(x.shape[:2], np.int32)
-    return float64.exactly(weights), jax.jit(lambda w, x: transformer.bind(graphdef, w)(x, grid, there))(weights, x)
+    return float64.exactly(weights), jax.jit(lambda w, x: bind(graphdef, w)(x, grid, there))(weights, x)
 
 
 def neighbours(x: np.ndarray, f: int) -> np.ndarray:
@@ -118,7 +118,7 @@ def perceived(x: np.ndarray, w: Any, config: ModelConfig, segments: np.ndarray) 
 def test_a_perceiver_is_that_of_the_paper_and_does_not_look_at_nothing(fields):
     config, x = made("perceiver", fusion="cross", **fields), vectors()
     graphdef, weights = float64.drawn(config, Perceiver)
-    run = jax.jit(lambda x, segments: transformer.bind(graphdef, weights)(x, segments))
+    run = jax.jit(lambda x, segments: bind(graphdef, weights)(x, segments))
     segments = np.ones(x.shape[:2], np.int32)
     segments[1, 5:9] = 0
     found = np.asarray(run(x, segments))

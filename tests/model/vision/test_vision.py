@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from model import kinds, transformer
+from model import kinds
 from model.config import ModelConfig
 from model.fields.vision import VisionConfig
 from model.vision.convolution import CNN, GroupNorm, pooled
@@ -23,6 +23,7 @@ from model.vision.interpolation import interpolated
 from model.vision.resnet import ResNet
 from model.vision.vision import Vision
 from model.vision.vit import ViT, grid_positions, patches, tower_config
+from model.weights import bind
 from tests.model import float64
 from tpu.errors import UserError
 
@@ -109,7 +110,7 @@ def test_a_vit_is_that_of_the_paper(case):
     config = made("scan" if case == "qwen2-vl" else "unroll", **VITS[case])
     graphdef, weights = float64.drawn(config, Encoder)
     x = images(2, SIDE, SIDE, config.vision.channels)
-    found, grid = jax.jit(lambda w, x: transformer.bind(graphdef, w)(x))(weights, x)
+    found, grid = jax.jit(lambda w, x: bind(graphdef, w)(x))(weights, x)
     assert tuple(int(side) for side in grid) == (SIDE // config.vision.patch_size,) * 2
     wanted = vit_reference(config, weights["vit"], x, config.vision.patch_size)
     np.testing.assert_allclose(found, wanted, rtol=0, atol=2e-5)
@@ -148,7 +149,7 @@ def test_learned_positions_are_resampled_for_an_image_of_another_size(class_toke
     """Rows and columns are not mixed up, and the class token's position stays."""
     config = made(image_size=16, class_token=class_token)
     graphdef, weights = float64.drawn(config, Encoder)
-    run = jax.jit(lambda w, x: transformer.bind(graphdef, w)(x)[0])
+    run = jax.jit(lambda w, x: bind(graphdef, w)(x)[0])
     x = images(1, 3 * PATCH, 6 * PATCH)
     table = np.array(weights["vit"]["position_embedding"], np.float64)
     table[-16:] = np.arange(WIDTH) * np.array(TABLE, np.float64).reshape(16, 1) / 20
@@ -165,13 +166,13 @@ def test_unused_layers_have_weights_and_no_influence(loop):
     x = images(2, SIDE, SIDE)
 
     def mixed(w: Any) -> jax.Array:
-        out = transformer.bind(of_longer, w)(x)[0]
+        out = bind(of_longer, w)(x)[0]
         return (out * jnp.arange(out.size).reshape(out.shape)).sum(), out
 
     gradient, found = jax.jit(jax.grad(mixed, has_aux=True))(weights)
     used = {name: leaf for name, leaf in weights["vit"].items() if name != "final_norm"}
     used["stack"] = jax.tree.map(lambda w: w[:2], used["stack"])
-    wanted = jax.jit(lambda w: transformer.bind(of_shorter, w)(x)[0])({"vit": used})
+    wanted = jax.jit(lambda w: bind(of_shorter, w)(x)[0])({"vit": used})
     np.testing.assert_allclose(found, wanted, rtol=0, atol=1e-6)
     for path, leaf in jax.tree_util.tree_leaves_with_path(gradient["vit"]):
         name = jax.tree_util.keystr(path)
@@ -212,7 +213,7 @@ def in_blocks(height: int, width: int, factor: int) -> np.ndarray:
 def test_images_packed_in_one_row_do_not_see_each_other_nor_the_padding(positions):
     config = made(image_size=16, positions=positions)
     graphdef, weights = float64.drawn(config, lambda c, rngs: ViT(c, (PATCH, PATCH, 3), rngs))
-    run = jax.jit(lambda *row: transformer.bind(graphdef, weights)(*row))
+    run = jax.jit(lambda *row: bind(graphdef, weights)(*row))
     sizes = [(2, 3), (1, 4), (4, 1)]
     pixels, segments, places = packed_row(sizes, 17)
     found = np.asarray(run(pixels, segments, places))
@@ -231,7 +232,7 @@ def test_images_packed_in_one_row_do_not_see_each_other_nor_the_padding(position
 def test_packed_images_give_what_each_gives_by_itself(connector):
     config = made(image_size=16, positions="rope", connector=connector)
     graphdef, weights = float64.drawn(config, Vision)
-    model = transformer.bind(graphdef, weights)
+    model = bind(graphdef, weights)
     factor, sizes = config.vision.shrink, [(2, 4), (2, 2), (4, 2)]
     pixels, segments, places = packed_row(sizes, 24, factor)
     found = jax.jit(lambda x: model(Images(x, segments, *[None] * 3, places)).hidden)(pixels)
@@ -250,7 +251,7 @@ def test_a_still_image_fills_all_times_of_a_patch():
     config = made(temporal_patch=2, positions="rope")
     graphdef, weights = float64.drawn(config, Encoder)
     x = images(2, SIDE, SIDE)
-    found, _ = jax.jit(lambda w: transformer.bind(graphdef, w)(x))(weights)
+    found, _ = jax.jit(lambda w: bind(graphdef, w)(x))(weights)
     kernel = weights["vit"]["patch"]["kernel"].sum(0)
     once = weights["vit"] | {"patch": weights["vit"]["patch"] | {"kernel": kernel}}
     np.testing.assert_allclose(found, vit_reference(config, once, x, PATCH), rtol=0, atol=2e-5)
@@ -270,7 +271,7 @@ def test_images_of_several_sizes_are_refused_where_something_mixes_them(field):
     graphdef, weights = float64.drawn(made(**UNPACKABLE[field]), Vision)
     pixels, segments, places = packed_row([(2, 2)], 4)
     with pytest.raises(UserError, match=f"model.vision.{field}="):
-        transformer.bind(graphdef, weights)(Images(pixels, segments, *[None] * 3, places))
+        bind(graphdef, weights)(Images(pixels, segments, *[None] * 3, places))
 
 
 # Pixels, pooling, the classifier
@@ -295,7 +296,7 @@ def test_a_pool_makes_one_vector_of_an_image(pool):
     config = made(pool=pool, class_token=pool != "map")
     graphdef, weights = float64.drawn(config, kinds.maker(config))
     x = images(2, SIDE, SIDE)
-    found = jax.jit(lambda w: transformer.bind(graphdef, w)(x))(weights)
+    found = jax.jit(lambda w: bind(graphdef, w)(x))(weights)
     h = vit_reference(config, weights["vision"]["encoder"]["vit"], x, PATCH)
     if pool == "map":
         w = float64.exactly(weights["vision"]["map_pool"])
@@ -374,7 +375,7 @@ def test_a_cnn_is_its_loops():
     for i in range(3):
         wanted = group_normed(convolved(wanted, w[f"convolution_{i}"], 1, False), w[f"norm_{i}"], 1e-2)
         wanted = largest(np.maximum(wanted, 0), 2, 2, 0)
-    found = jax.jit(lambda w: transformer.bind(graphdef, w)(x))(weights)
+    found = jax.jit(lambda w: bind(graphdef, w)(x))(weights)
     np.testing.assert_allclose(found, wanted, rtol=0, atol=2e-5)
     assert found.shape == (2, 2, 3, 48)
 
@@ -384,14 +385,14 @@ def test_vectors_of_convolutions_say_where_they_are(fields):
     fields |= {"depths": (1,), "stem_width": 4, "image_size": 16}
     graphdef, weights = float64.drawn(made(**fields), Encoder)
     flat = np.zeros((1, 16, 16, 3), np.float32)
-    found = np.asarray(transformer.bind(graphdef, weights)(flat)[0])
+    found = np.asarray(bind(graphdef, weights)(flat)[0])
     without, bare = float64.drawn(made(**fields, positions="none"), Encoder)
     assert "position_embedding" not in bare
     alone = {name: w for name, w in weights.items() if name != "position_embedding"}
-    plain = np.asarray(transformer.bind(without, alone)(flat)[0])
+    plain = np.asarray(bind(without, alone)(flat)[0])
     np.testing.assert_allclose(found - plain, weights["position_embedding"][None], rtol=0, atol=1e-6)
     assert "position_embedding" not in float64.drawn(made(**fields, pool="mean"), Encoder)[1]
-    large = transformer.bind(graphdef, weights)(np.zeros((1, 32, 16, 3), np.float32))
+    large = bind(graphdef, weights)(np.zeros((1, 32, 16, 3), np.float32))
     assert large[0].shape[1] == 2 * found.shape[1]
 
 
@@ -401,7 +402,7 @@ def test_group_norm_goes_by_runs_of_channels(channels):
     graphdef, weights = float64.drawn(config, lambda c, rngs: GroupNorm(c, channels, rngs))
     x = images(2, 3, 5, channels) + 4
     wanted = group_normed(x.astype(np.float64), float64.exactly(weights), config.vision.norm_eps)
-    np.testing.assert_allclose(transformer.bind(graphdef, weights)(x), wanted, rtol=0, atol=2e-5)
+    np.testing.assert_allclose(bind(graphdef, weights)(x), wanted, rtol=0, atol=2e-5)
 
 
 def test_a_maximum_is_not_that_of_the_padding():
@@ -417,7 +418,7 @@ def test_a_resnet_is_its_loops(block, norm):
     graphdef, weights = float64.drawn(config, ResNet)
     x = images(2, 16, 24)
     wanted = resnet_reference(config, float64.exactly(weights), x.astype(np.float64))
-    found = jax.jit(lambda w: transformer.bind(graphdef, w)(x))(weights)
+    found = jax.jit(lambda w: bind(graphdef, w)(x))(weights)
     np.testing.assert_allclose(found, wanted, rtol=0, atol=1e-4 * np.abs(wanted).max())
     assert found.shape == (2, 2, 3, 12)
 
@@ -425,7 +426,7 @@ def test_a_resnet_is_its_loops(block, norm):
 def test_fixed_statistics_take_no_gradient():
     config = made(encoder="resnet", conv_norm="batch", widths=(4,), depths=(1,), stem_width=4)
     graphdef, weights = float64.drawn(config, ResNet)
-    gradient = jax.jit(jax.grad(lambda w: transformer.bind(graphdef, w)(images(1, 8, 8)).sum()))(weights)
+    gradient = jax.jit(jax.grad(lambda w: bind(graphdef, w)(images(1, 8, 8)).sum()))(weights)
     for path, leaf in jax.tree_util.tree_leaves_with_path(gradient):
         assert np.any(leaf) != (path[-1].key in ("mean", "variance")), jax.tree_util.keystr(path)
 
@@ -435,7 +436,7 @@ def test_a_hybrid_is_a_vit_on_the_vectors_of_a_resnet():
     config = made(**fields, class_token=True)
     graphdef, weights = float64.drawn(config, Encoder)
     x = images(2, 16, 16)
-    found, grid = jax.jit(lambda w: transformer.bind(graphdef, w)(x))(weights)
+    found, grid = jax.jit(lambda w: bind(graphdef, w)(x))(weights)
     assert tuple(int(side) for side in grid) == (2, 2)
     vectors = resnet_reference(config, float64.exactly(weights["resnet"]), x.astype(np.float64))
     wanted = vit_reference(config, weights["vit"], vectors, 1)

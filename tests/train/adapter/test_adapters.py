@@ -18,12 +18,13 @@ import numpy as np
 import optax
 import pytest
 
-from model import transformer
+from model import kinds
 from model.adapters.prefix import Prefix
 from model.attention.attend import plain_attention
 from model.config import ModelConfig
 from model.generate.decode import advance, decoding_weights, prefill
 from model.place import Place
+from model.weights import bind
 from tpu import host
 from tpu.compile import hlo
 from tpu.compile.hlo_counts import count
@@ -82,7 +83,7 @@ def noise(tree: Any, seed: int = 0, scale: float = 0.3) -> Any:
 def drawn(kind: str, **model: Any) -> tuple[ModelConfig, Any, Any]:
     """A model's config, random base weights and the adapter's first ones."""
     adapter, config = KINDS[kind], experiment(KINDS[kind], **model).model
-    base = noise(transformer.init(adapter_weights.base_model(adapter, config), jax.random.key(0)))
+    base = noise(kinds.init(adapter_weights.base_model(adapter, config), jax.random.key(0)))
     return config, base, jax.jit(lambda base: adapter_weights.init(adapter, config, jax.random.key(1), base))(base)
 
 
@@ -96,7 +97,7 @@ def batch() -> Batch:
 
 def logits(config: ModelConfig, weights: Any) -> jax.Array:
     given = batch()
-    model = transformer.bind(transformer.build(config)[0], weights)
+    model = bind(kinds.build(config)[0], weights)
     return model.head(model(given.tokens, Place(given.segments, given.positions))[0])
 
 
@@ -209,11 +210,11 @@ def test_decoding_equals_the_full_forward(kind):
     config, base, trained = drawn(kind, layer_loop="unroll")
     weights = adapter_weights.combined(KINDS[kind], base, noise(trained))
     tokens = jnp.asarray(np.random.default_rng(0).integers(0, VOCAB, (2, 8)))
-    graphdef = transformer.build(config)[0]
+    graphdef = kinds.build(config)[0]
     place = Place(jnp.ones_like(tokens), jnp.broadcast_to(jnp.arange(8), tokens.shape))
-    model = transformer.bind(graphdef, weights)
+    model = bind(graphdef, weights)
     full = model.head(model(tokens, place)[0])
-    bound = transformer.bind(graphdef, decoding_weights(config, weights))
+    bound = bind(graphdef, decoding_weights(config, weights))
     cache, found, _ = prefill(bound, config, tokens[:, :5], jnp.array([5, 5]), 8)
     np.testing.assert_allclose(found, full[:, 4], rtol=0, atol=1e-5)
     for t in (5, 6, 7):
@@ -338,7 +339,7 @@ def test_the_summary_counts_what_is_trained():
     given = experiment(KINDS["lora"])
     given.optimizer.name = "adamw"
     figures = summarize(given)
-    base = sum(math.prod(w.shape) for w in jax.tree.leaves(transformer.build(given.model)[1]))
+    base = sum(math.prod(w.shape) for w in jax.tree.leaves(kinds.build(given.model)[1]))
     rank, d, mlp, h, g = 3, 16, 64, 16, 8
     trained = 2 * rank * ((d + h) * 2 + (d + g) * 2 + (d + mlp) * 3)
     assert figures["parameters"]["trained"] == trained

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from model import kinds, transformer
+from model import kinds
 from model.config import GATED, ModelConfig
 from model.fields.vision import VisionConfig
 from tpu.mesh import make_mesh
@@ -58,7 +58,7 @@ def flops(config: ModelConfig, context: int) -> int:
 def test_counts_and_operations_of_any_model(model_configs, data):
     config = data.draw(model_configs).placed("cpu", "float32")
     context = data.draw(st.integers(1, 12))
-    _, weights, _ = transformer.build(config)
+    _, weights, _ = kinds.build(config)
     total, embedding = count(config)
     counts = parameter_counts(weights)
     assert counts == {"total": total, "embedding": embedding, "non_embedding": total - embedding}
@@ -67,7 +67,7 @@ def test_counts_and_operations_of_any_model(model_configs, data):
 
 def test_operations_are_about_six_per_weight_and_token():
     config = ModelConfig(vocab_size=50, layers=4, embed_dim=128, heads=4).resolved().placed("cpu", "float32")
-    counted = flops_per_token(config, transformer.build(config)[1], 1)
+    counted = flops_per_token(config, kinds.build(config)[1], 1)
     assert 0.99 < counted / (6 * count(config)[0]) < 1.01
 
 

@@ -10,7 +10,7 @@ import numpy as np
 import optax
 import pytest
 
-from model import transformer
+from model import kinds
 from model.config import ModelConfig
 from train.config import OptimizerConfig
 from train.optimize.optimizer import decay_mask, ema_update, optimizer, state_bytes
@@ -20,7 +20,7 @@ CONFIG = ModelConfig(
     vocab_size=11, layers=3, embed_dim=8, heads=2, positions="learned", max_positions=5, qk_norm=True, tied_head=False
 )
 CONFIG = CONFIG.resolved().placed("cpu", "float32")
-_, ABSTRACT, AXES = transformer.build(CONFIG)
+_, ABSTRACT, AXES = kinds.build(CONFIG)
 
 
 def draw(seed: int) -> Any:
