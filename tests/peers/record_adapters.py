@@ -3,14 +3,15 @@
     python tests/peers/record_adapters.py                 # writes tests/peers/adapters/
     python tests/peers/record_adapters.py --check=DIR     # DIR/CASE/: loads them in PEFT, compares the logits
 
-Needs torch, transformers and peft (`pip install -e ".[peers]"`); the recorded cases are what the tests need.
+Needs torch, transformers and peft (`pip install -e ".[peers]"`); the recorded cases are what the tests need, an archive
+for each architecture (archives.py).
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import shutil
+import tempfile
 import warnings
 from pathlib import Path
 
@@ -18,6 +19,7 @@ import numpy as np
 import peft
 import torch
 import transformers
+from archives import pack, unpacked
 from safetensors.numpy import load_file, save_file
 
 HERE = Path(__file__).resolve().parent / "adapters"
@@ -61,8 +63,8 @@ def logits(made: torch.nn.Module, tokens: np.ndarray) -> np.ndarray:
         return made(torch.from_numpy(tokens).long()).logits.float().numpy()
 
 
-def record(case: str) -> None:
-    """Writes one case: the adapter as PEFT saves it, the base's weights, tokens and logits."""
+def record(case: str, folder: Path) -> None:
+    """Writes one case into a new folder: the adapter as PEFT saves it, the base's weights, tokens and logits."""
     architecture, options = CASES[case]
     torch.manual_seed(sorted(CASES).index(case))
     base = model(architecture)
@@ -77,8 +79,6 @@ def record(case: str) -> None:
                 weight.mul_(1 + 0.2 * torch.randn_like(weight))
     after = logits(adapted, tokens)
     assert np.abs(after - before).max() > 0.1
-    folder = HERE / case
-    shutil.rmtree(folder, ignore_errors=True)
     adapted.save_pretrained(folder)
     for other in set(folder.iterdir()) - {folder / "adapter_config.json", folder / "adapter_model.safetensors"}:
         other.unlink()
@@ -89,7 +89,7 @@ def record(case: str) -> None:
 def check(directory: Path) -> None:
     """Loads every DIR/CASE in PEFT over the recorded base; prints and limits the error of the logits."""
     for folder in sorted(directory.iterdir()):
-        saved = load_file(HERE / folder.name / "case.safetensors")
+        saved = load_file(unpacked(HERE) / folder.name / "case.safetensors")
         base = model(CASES[folder.name][0])
         with torch.no_grad():
             for name, weight in base.named_parameters():
@@ -111,5 +111,9 @@ if __name__ == "__main__":
     if given.check:
         check(given.check)
     else:
-        for name in CASES:
-            record(name)
+        for architecture in ("gpt2", "llama"):
+            with tempfile.TemporaryDirectory() as directory:
+                folders = [Path(directory) / name for name in CASES if CASES[name][0] == architecture]
+                for folder in folders:
+                    record(folder.name, folder)
+                print(pack(folders, HERE / f"{architecture}.zip"))

@@ -3,7 +3,8 @@
     python tests/peers/record_cases.py --out=tests/peers/cases [--families=llama,gpt2 --draws=3 --seed=0]
     python tests/peers/record_cases.py --check=DIR
 
-Needs torch and transformers, nothing of Foursight. Each case is a directory as `save_pretrained` leaves it, with
+Needs torch and transformers, nothing of Foursight. Writes an archive for each family (archives.py). Each case in it is
+a directory as `save_pretrained` leaves it, with
 `inputs.npz` and `outputs.npz` (arrays named as transformers names them), `prompt.npz` and `sequences` there for greedy
 generation, and `case.json`: the loss, the norm of every weight's gradient, the tolerance, and after how many generated
 tokens two are too near each other to tell apart. Options vary with the number of the draw, sizes with the seed.
@@ -26,6 +27,7 @@ import numpy as np
 import safetensors.torch
 import torch
 import transformers
+from archives import pack
 
 NEW_TOKENS = 12
 EAGER = {"attn_implementation": "eager", "experts_implementation": "eager"}
@@ -305,8 +307,9 @@ def main() -> None:
         print(json.dumps(check(options.check)))
         return
     for family in options.families.split(","):
-        for draw in range(options.draws):
-            print(record(family, draw, options.seed, options.out))
+        with tempfile.TemporaryDirectory() as folder:
+            cases = [record(family, draw, options.seed, pathlib.Path(folder)) for draw in range(options.draws)]
+            print(pack(cases, options.out / f"{family}.zip"))
 
 
 if __name__ == "__main__":

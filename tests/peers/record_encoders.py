@@ -1,11 +1,12 @@
 """Draws small random BERT and T5 models with transformers and records what they compute, for test_encoder_cases.py.
 
-    python tests/peers/record_encoders.py --to=tests/peers/cases [--seed=0]     (needs the extra [peers])
+    python tests/peers/record_encoders.py --out=tests/peers/cases [--draws=3 --seed=0]     (needs the extra [peers])
     python tests/peers/record_encoders.py --check=DIR
 
-A case is a directory: config.json and model.safetensors as `save_pretrained` writes them, and case.npz with the inputs,
-the logits, the loss, and the norm of the loss's gradient for every tensor of model.safetensors (`gradient:NAME`); for
-T5 also greedy `sequences`. Dropout is off; weights are drawn wide, so that attention is far from uniform.
+Writes an archive for each architecture (archives.py). A case in it is a directory: config.json and model.safetensors as
+`save_pretrained` writes them, and case.npz with the inputs, the logits, the loss, and the norm of the loss's gradient
+for every tensor of model.safetensors (`gradient:NAME`); for T5 also greedy `sequences`. Dropout is off; weights are
+drawn wide, so that attention is far from uniform.
 
 --check loads every case under DIR from its subdirectory `exported` and prints how far the logits are from those
 recorded, as JSON.
@@ -15,13 +16,14 @@ from __future__ import annotations
 
 import argparse
 import json
-import shutil
+import tempfile
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 import transformers
+from archives import pack
 from safetensors.torch import load_file
 
 # What differs between the draws of a family; everything else is drawn.
@@ -59,7 +61,6 @@ def widen(model: torch.nn.Module, rng: np.random.Generator) -> None:
 
 def record(folder: Path, model: Any, inputs: dict[str, np.ndarray], labels: dict[str, np.ndarray], new: int) -> None:
     """Writes one case. `labels` go into the loss; `new`: so many greedy tokens."""
-    shutil.rmtree(folder, ignore_errors=True)
     model.eval()
     tensors = {name: torch.tensor(a) for name, a in (inputs | labels).items()}
     out = model(**tensors)
@@ -86,9 +87,9 @@ def padded(rng: np.random.Generator) -> np.ndarray:
     return (np.arange(TOKENS) < lengths[:, None]).astype(np.int64)
 
 
-def bert_cases(to: Path, seed: int) -> None:
+def bert_cases(to: Path, draws: int, seed: int) -> None:
     """Every head with every draw."""
-    for draw, options in enumerate(BERT):
+    for draw, options in enumerate(BERT[:draws]):
         rng = np.random.default_rng([seed, draw])
         vocab, labels = int(rng.integers(40, 90)), int(rng.integers(3, 6))
         heads = {"num_attention_heads": options["heads"]}
@@ -162,9 +163,9 @@ HEADS: dict[str, Any] = {  # name: (rng, vocab, labels) -> (options, mask -> lab
 }
 
 
-def t5_cases(to: Path, seed: int) -> None:
+def t5_cases(to: Path, draws: int, seed: int) -> None:
     """Version 1.0, version 1.1 (gated, its head untied), and a tied head without scaling."""
-    for draw, options in enumerate(T5):
+    for draw, options in enumerate(T5[:draws]):
         rng = np.random.default_rng([seed, 100 + draw])
         vocab, options = int(rng.integers(40, 90)), dict(options)
         untied = options.pop("untied", False)
@@ -210,7 +211,8 @@ def check(directory: Path) -> dict[str, float]:
 def main() -> None:
     """Records all cases, or checks exported ones."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--to", type=Path)
+    parser.add_argument("--out", type=Path)
+    parser.add_argument("--draws", type=int, default=3, choices=(1, 2, 3))
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--check", type=Path)
     arguments = parser.parse_args()
@@ -219,8 +221,12 @@ def main() -> None:
     if arguments.check:
         print(json.dumps(check(arguments.check)))
         return
-    bert_cases(arguments.to, arguments.seed)
-    t5_cases(arguments.to, arguments.seed)
+    with tempfile.TemporaryDirectory() as folder:
+        for make in (bert_cases, t5_cases):
+            make(Path(folder), arguments.draws, arguments.seed)
+        cases = sorted(Path(folder).iterdir())
+        for name in sorted({case.name.rpartition("-")[0] for case in cases}):
+            print(pack([case for case in cases if case.name.rpartition("-")[0] == name], arguments.out / f"{name}.zip"))
 
 
 if __name__ == "__main__":

@@ -4,8 +4,8 @@
     python tests/peers/record_vision.py --check=DIR
     python tests/peers/record_vision.py --counts
 
-Needs torch and transformers, nothing of Foursight; vision_draws.py and multimodal_draws.py say what is drawn. Each case
-is a directory as `save_pretrained` leaves it, with
+Needs torch and transformers, nothing of Foursight; vision_draws.py and multimodal_draws.py say what is drawn. Writes an
+archive for each family (archives.py). Each case in it is a directory as `save_pretrained` leaves it, with
 
 - inputs.npz: the arrays of one forward pass, named as transformers names them; scalars are flags;
 - outputs.npz: what it gives. A dotted name is a path in transformers' output; `last_hidden_state` is that of the model
@@ -39,6 +39,7 @@ import record_cases
 import safetensors.torch
 import torch
 import transformers
+from archives import pack
 from multimodal_draws import gemma3, idefics, llava, paligemma, qwen2_vl
 from published import PARAMETERS
 from vision_draws import Arrays, clip, resnet, siglip, vit
@@ -235,8 +236,9 @@ def main() -> None:
         print(json.dumps(check(options.check)))
         return
     for family in options.families.split(","):
-        for draw in range(options.draws):
-            print(record(family, draw, options.seed, options.out))
+        with tempfile.TemporaryDirectory() as folder:
+            cases = [record(family, draw, options.seed, pathlib.Path(folder)) for draw in range(options.draws)]
+            print(pack(cases, options.out / f"{family}.zip"))
 
 
 if __name__ == "__main__":

@@ -26,12 +26,13 @@ from model.hub.export_model import export_model
 from model.hub.import_model import Opened, import_model
 from model.safetensors import open_directory
 from model.weights import bind
-from tests.peers.test_cases import error
+from tests.peers.archives import unpacked
+from tests.peers.test_cases import error, one_of_each
 from train.config import DataConfig, Experiment, ObjectiveConfig
 from train.data.batch import Batch
 from train.step import loss_sums
 
-CASES = sorted(path.parent for path in (Path(__file__).parent / "cases").glob("*/case.npz"))
+CASES = sorted(path.parent for path in unpacked(Path(__file__).parent / "cases").glob("*/case.npz"))
 LABELS = ("labels", "next_sentence_label", "start_positions", "end_positions")
 TOLERANCE = 1e-5
 
@@ -153,7 +154,7 @@ def t5_batch(arrays: dict[str, np.ndarray]) -> Batch:
     )
 
 
-@pytest.mark.parametrize("path", CASES, ids=lambda path: path.name)
+@pytest.mark.parametrize("path", one_of_each(CASES))
 def test_recorded(path, one_device):
     with jax.set_mesh(one_device):
         assert_alike(compare(path, one_device))
@@ -173,7 +174,7 @@ def export(path: Path, workdir: Path, target: Path) -> None:
     export_model(workdir, target, None, "auto", 10**9, "weights")
 
 
-@pytest.mark.parametrize("path", [p for p in CASES if p.name.endswith("0") or "T5" in p.name], ids=lambda p: p.name)
+@pytest.mark.parametrize("path", one_of_each(CASES))
 def test_export_gives_back_what_was_imported(path, tmp_path):
     export(path, tmp_path / "workdir", tmp_path / "exported")
     before, after = open_directory(path), open_directory(tmp_path / "exported")
@@ -184,12 +185,12 @@ def test_export_gives_back_what_was_imported(path, tmp_path):
 
 
 @pytest.fixture(scope="module")
-def fresh(tmp_path_factory: pytest.TempPathFactory, peers: Callable[..., str]) -> list[Path]:
-    """Three new models of each architecture."""
+def fresh(tmp_path_factory: pytest.TempPathFactory, peers: Callable[..., str], draws: int) -> list[Path]:
+    """New models of each architecture."""
     out, seed = tmp_path_factory.mktemp("fresh"), time.time_ns() % 10**9
     print(f"seed {seed}")
-    peers("record_encoders.py", f"--to={out}", f"--seed={seed}")
-    return sorted(path.parent for path in out.glob("*/case.npz"))
+    peers("record_encoders.py", f"--out={out}", f"--draws={draws}", f"--seed={seed}")
+    return sorted(path.parent for path in unpacked(out).glob("*/case.npz"))
 
 
 def test_fresh(fresh, one_device):

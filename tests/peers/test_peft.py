@@ -20,13 +20,15 @@ from model import kinds
 from model.config import ModelConfig
 from model.place import Place
 from model.weights import bind
+from tests.peers.archives import unpacked
 from tpu.errors import UserError
 from train.adapter import peft
 from train.adapter import weights as adapter_weights
 from train.config import AdapterConfig
 
 HERE = Path(__file__).resolve().parent
-CASES = sorted(path.name for path in (HERE / "adapters").iterdir())
+ADAPTERS = unpacked(HERE / "adapters")
+CASES = sorted(path.name for path in ADAPTERS.iterdir())
 
 LLAMA = ModelConfig(
     vocab_size=29,
@@ -48,7 +50,7 @@ GPT2 = ModelConfig(vocab_size=29, layers=2, embed_dim=12, heads=3, positions="le
 
 def base_of(case: str) -> tuple[ModelConfig, Any, dict[str, np.ndarray]]:
     """The config, our weights of the recorded base, and what else was recorded."""
-    saved = load_file(HERE / "adapters" / case / "case.safetensors")
+    saved = load_file(ADAPTERS / case / "case.safetensors")
     theirs = {name.removeprefix("base."): array for name, array in saved.items() if name.startswith("base.")}
     make = _llama if case.startswith("llama") else _gpt2
     config, weights = make(theirs)
@@ -127,7 +129,7 @@ def close(found: np.ndarray, wanted: np.ndarray) -> None:
 def test_an_adapter_of_peft_gives_its_logits(case):
     config, base, saved = base_of(case)
     close(logits(config, base, saved["input_ids"]), saved["base_logits"])
-    adapter, trained = peft.load(HERE / "adapters" / case, config, base)
+    adapter, trained = peft.load(ADAPTERS / case, config, base)
     close(logits(config, adapter_weights.combined(adapter, base, trained), saved["input_ids"]), saved["logits"])
     close(logits(config, adapter_weights.merged(adapter, base, trained), saved["input_ids"]), saved["logits"])
 
@@ -135,9 +137,9 @@ def test_an_adapter_of_peft_gives_its_logits(case):
 @pytest.mark.parametrize("case", CASES)
 def test_what_is_exported_is_the_same_adapter(case, tmp_path):
     config, base, saved = base_of(case)
-    adapter, trained = peft.load(HERE / "adapters" / case, config, base)
+    adapter, trained = peft.load(ADAPTERS / case, config, base)
     peft.export(tmp_path, adapter, config, trained, base, "base")
-    products, theirs = (products_of(path) for path in (tmp_path, HERE / "adapters" / case))
+    products, theirs = (products_of(path) for path in (tmp_path, ADAPTERS / case))
     assert products.keys() == theirs.keys()
     for name, product in products.items():
         np.testing.assert_allclose(product, theirs[name], rtol=0, atol=1e-6)
@@ -181,7 +183,7 @@ def test_peft_loads_what_is_exported(tmp_path):
         pytest.skip("needs torch and peft: pip install -e '.[peers]'")
     for case in CASES:
         config, base, _ = base_of(case)
-        adapter, trained = peft.load(HERE / "adapters" / case, config, base)
+        adapter, trained = peft.load(ADAPTERS / case, config, base)
         peft.export(tmp_path / case, adapter, config, trained, base, "base")
     command = [sys.executable, str(HERE / "record_adapters.py"), f"--check={tmp_path}"]
     done = subprocess.run(command, capture_output=True, text=True)
@@ -219,11 +221,11 @@ NAME = "base_model.model.model.layers.0.self_attn.q_proj"
 def test_what_is_not_understood_is_refused_by_name(description, tensors, message, tmp_path):
     config, base, _ = base_of("llama_lora")
     with pytest.raises(UserError, match=message):
-        peft.load(edited(HERE / "adapters" / "llama_lora", tmp_path, tensors, **description), config, base)
+        peft.load(edited(ADAPTERS / "llama_lora", tmp_path, tensors, **description), config, base)
 
 
 def test_a_damaged_file_is_refused(tmp_path):
-    folder, (config, base, _) = edited(HERE / "adapters" / "llama_lora", tmp_path), base_of("llama_lora")
+    folder, (config, base, _) = edited(ADAPTERS / "llama_lora", tmp_path), base_of("llama_lora")
     file = folder / peft.TENSORS
     file.write_bytes(file.read_bytes()[:-100])
     with pytest.raises(UserError, match=r"adapter_model\.safetensors: cannot be read"):

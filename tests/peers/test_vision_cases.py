@@ -28,8 +28,9 @@ from model.hub.import_model import Opened, import_model
 from model.place import Place
 from model.safetensors import open_directory, write_directory
 from model.weights import Weights, bind
+from tests.peers.archives import unpacked
 from tests.peers.published import PARAMETERS
-from tests.peers.test_cases import error
+from tests.peers.test_cases import error, one_of_each
 from tests.peers.vision_case import CASES, arrays, assert_alike, compare, opened
 from tpu.errors import UserError
 
@@ -42,7 +43,7 @@ def test_there_are_three_cases_of_each_family():
     assert [path.name for path in RECORDED] == sorted(f"{family}_{i}" for family in FAMILIES for i in range(3))
 
 
-@pytest.mark.parametrize("path", RECORDED, ids=lambda path: path.name)
+@pytest.mark.parametrize("path", one_of_each(RECORDED))
 def test_recorded(path, one_device):
     with jax.set_mesh(one_device):
         assert_alike(compare(path, one_device))
@@ -53,7 +54,7 @@ def export(path: Path, workdir: Path, target: Path) -> None:
     export_model(workdir, target, None, "auto", 20_000, "weights")
 
 
-@pytest.mark.parametrize("path", RECORDED, ids=lambda path: path.name)
+@pytest.mark.parametrize("path", one_of_each(RECORDED))
 def test_export_gives_back_what_was_imported(path, tmp_path):
     export(path, tmp_path / "workdir", tmp_path / "exported")
     before, after = open_directory(path), open_directory(tmp_path / "exported")
@@ -184,7 +185,7 @@ def fresh(tmp_path_factory: pytest.TempPathFactory, peers: Callable[..., str], d
     out, seed = tmp_path_factory.mktemp("fresh"), time.time_ns() % 10**9
     print(f"seed {seed}")
     peers("record_vision.py", f"--out={out}", f"--draws={draws}", f"--families={','.join(FAMILIES)}", f"--seed={seed}")
-    return sorted(path.parent for path in out.glob("*/case.json"))
+    return sorted(path.parent for path in unpacked(out).glob("*/case.json"))
 
 
 def test_fresh(fresh, draws, one_device):

@@ -19,9 +19,10 @@ import numpy as np
 from model.families.load import load
 from model.hub.import_model import Opened
 from model.weights import Weights
+from tests.peers.archives import unpacked
 from tests.peers.test_cases import error, gradient_norms
 
-CASES = Path(__file__).parent / "vision_cases"
+CASES = unpacked(Path(__file__).parent / "vision_cases")
 STATISTICS = ("running_mean", "running_var", "num_batches_tracked")  # of a ResNet; no gradient reaches them
 
 

@@ -13,9 +13,10 @@ from model.families.image_processor import PROCESSORS, Preparation, of_directory
 from model.families.known import FAMILIES
 from model.fields.vision import NORMALIZATIONS, VisionConfig
 from model.hub.import_model import import_model
+from tests.peers.archives import unpacked
 from tpu.errors import UserError
 
-CASE = Path(__file__).parents[2] / "peers" / "vision_cases" / "clip_0"
+CASE = unpacked(Path(__file__).parents[2] / "peers" / "vision_cases") / "clip_0"
 SIZE = {"height": 224, "width": 224}
 HALF = {"image_mean": [0.5, 0.5, 0.5], "image_std": [0.5, 0.5, 0.5]}
 CLIP = {name: list(part) for name, part in zip(HALF, NORMALIZATIONS["clip"], strict=True)}
