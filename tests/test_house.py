@@ -5,10 +5,10 @@ from __future__ import annotations
 import ast
 import functools
 import graphlib
+import resource
 import shutil
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -213,17 +213,25 @@ def test_ruff(arguments):
 
 
 @pytest.mark.parametrize("module", entry_points())
-def test_help_answers_at_once(module):
-    seconds = []
-    for _ in range(3):
-        start = time.perf_counter()
-        command = [sys.executable, "-X", "importtime", "-m", module.removesuffix(".__main__"), "--help"]
-        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-        seconds.append(time.perf_counter() - start)
+def test_help_imports_nothing_heavy(module):
+    command = [sys.executable, "-X", "importtime", "-m", module.removesuffix(".__main__"), "--help"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0
     assert ast.get_docstring(modules()[module]).splitlines()[0] in done.stdout
     assert "--" in done.stdout
     imported = {line.split("|")[-1].strip() for line in done.stderr.splitlines()}
     assert "absl" in imported
     assert not imported & {"jax", "flax", "grain", "optax"}
-    assert sorted(seconds)[1] < 1.5  # a second on a machine of its own
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("module", entry_points())
+def test_help_takes_less_than_a_second_of_a_processor(module):
+    seconds = []
+    for _ in range(3):
+        before = resource.getrusage(resource.RUSAGE_CHILDREN)
+        command = [sys.executable, "-m", module.removesuffix(".__main__"), "--help"]
+        subprocess.run(command, cwd=ROOT, capture_output=True, check=True)
+        after = resource.getrusage(resource.RUSAGE_CHILDREN)
+        seconds.append(after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime)
+    assert min(seconds) < 1

@@ -49,7 +49,7 @@ def test_what_hangs_is_ended_and_shown(body, seconds):
     start = time.monotonic()
     done = python(WATCHED.format(body))
     assert done.returncode == 1
-    assert seconds <= time.monotonic() - start < seconds + 10
+    assert time.monotonic() - start >= seconds
     assert f"error: no step in {seconds} s (run.watchdog_seconds=1); the threads:\n" in done.stderr
     assert "in the_place_that_hangs\n" in done.stderr
     assert "ended well" not in done.stdout

@@ -11,6 +11,7 @@ import subprocess
 import sys
 import threading
 import time
+import tracemalloc
 
 import jax
 import numpy as np
@@ -150,14 +151,14 @@ def wait_until(condition) -> None:
         time.sleep(0.01)
 
 
-def test_a_row_is_made_in_well_under_a_millisecond():
-    rows = PackedRows(np.arange(256 * 1000, dtype=np.uint16) % 300, 256, 256, keep_last=False)
-    times = []
+def test_a_row_is_made_of_its_own_tokens_alone():
+    tokens = np.arange(256 * 1000, dtype=np.uint16) % 300
+    rows = PackedRows(tokens, 256, 256, keep_last=False)
+    tracemalloc.start()
     for index in range(200):
-        start = time.perf_counter()
         rows[index]
-        times.append(time.perf_counter() - start)
-    assert np.median(times) < 0.0005
+    assert tracemalloc.get_traced_memory()[1] < tokens.nbytes / 10
+    tracemalloc.stop()
 
 
 @pytest.fixture
@@ -274,15 +275,12 @@ def test_a_text_shorter_than_a_row_trains_padded(tmp_path):
     assert batch.loss_weights[0].tolist() == [1, 1, 1, 0, 0, 0, 0, 0]
 
 
-def test_importing_the_data_path_is_quick_and_free_of_jax():
+def test_importing_the_data_path_imports_nothing_heavy():
     code = (
-        "import sys, time; start = time.perf_counter(); import train.data.pipeline; "
-        "print(time.perf_counter() - start); "
+        "import sys, train.data.pipeline; "
         "print([m for m in ('jax', 'flax', 'orbax', 'grain', 'tokenizers', 'pyarrow', 'sentencepiece', "
         "'tensorflow_datasets', 'array_record') if m in sys.modules])"
     )
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=environment)
-    seconds, modules = out.stdout.splitlines()
-    assert modules == "[]"
-    assert float(seconds) < 2.0  # about 0.1 s on a quiet machine
+    assert out.stdout == "[]\n"
