@@ -120,7 +120,7 @@ def test_no_circles():
 def test_the_readings_above_find_what_they_look_for():
     assert Import("train.config", "start") in imports("configs.gpt2")
     assert Import("train.budget.summary", "later") in imports("train.pretrain")
-    assert Import("train.workdir", "types") in imports("train.pretrain")
+    assert Import("train.adapter.frozen", "types") in imports("train.pretrain")
     assert Import("model.attention.cache", "start") in imports("model.attention.self_attention")
     assert Import("jax", "start") in imports("model.positions.rope")
     assert {"train.pretrain", "train.evaluate.__main__"} <= set(entry_points())

@@ -16,8 +16,8 @@ import pytest
 from tpu import host
 from train.config import Experiment
 from train.objectives.table import CONVERSATIONS, OBJECTIVES
-from train.pretrain import pretrain
 from train.restore import open_checkpoint
+from train.run import pretrain
 from train.signals import Stop
 from train.workdir import Workdir
 

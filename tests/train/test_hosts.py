@@ -42,12 +42,12 @@ def get_config():
 COMMAND = """
     import os, pathlib, runpy, signal, sys, time
     from tpu import host
-    from train.data import pipeline
+    from train.data import corpus, pipeline
 
     kind, process, step = os.environ.get("ACCIDENT", "none 0 0").split()
     here = process == os.environ.get("FOURSIGHT_PROCESS", "0")
     marker = pathlib.Path(os.environ["MARKER"])
-    original, load = pipeline.train_batches, pipeline.load
+    original, load = pipeline.train_batches, corpus.load_corpus
 
     def train_batches(corpus, data, seed, start_step, *more):
         for number, batch in enumerate(original(corpus, data, seed, start_step, *more), start_step + 1):
@@ -66,13 +66,13 @@ COMMAND = """
             yield batch
 
     def load_other(data, **options):
-        corpus = load(data, **options)
-        corpus.report["sources"][0]["digest"] = "another"
-        return corpus
+        loaded = load(data, **options)
+        loaded.report["sources"][0]["digest"] = "another"
+        return loaded
 
     pipeline.train_batches = train_batches
     if here and kind == "other":
-        pipeline.load = load_other
+        corpus.load_corpus = load_other
     host.measured_matmul_rate = lambda dtype: 0.0
     runpy.run_module("train.pretrain", run_name="__main__", alter_sys=True)
 """

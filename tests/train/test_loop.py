@@ -9,7 +9,7 @@ import os
 import signal
 import struct
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ from tpu.watchdog import Watchdog
 from train import loop
 from train.checkpoint.checkpoint import Checkpointer
 from train.config import RunConfig
+from train.data.pipeline import stream
 from train.metrics import ConsoleProgress, MetricsWriter
 from train.signals import Stop
 
@@ -51,6 +52,7 @@ def run_loop(
     evaluate: Callable[[int], dict[str, float] | None] = lambda step: None,
     on_step: Callable[[int, Stop], None] = lambda step, stop: None,
     first_step: int = 0,
+    batches: Callable[[Any, int], tuple[Any, Any]] | None = None,
     checkpointer: Any = None,
     wait: float = 0.0,
 ) -> loop.Outcome:
@@ -74,30 +76,31 @@ def run_loop(
         }
         return {"good": state["good"] + (not bad), "all": state["all"] + 1}, metrics
 
-    def batches():
+    def counted() -> Iterator[int]:
         for index in itertools.count(first_step):
             time.sleep(next(seconds))
             yield index
+
+    def evaluate_state(state: dict[str, Any]) -> dict[str, float] | None:
+        return evaluate(state["all"])
 
     writer = MetricsWriter(workdir, first_step, run.tensorboard)
     console = ConsoleProgress(run.steps, first_step, run.log_every)
     try:
         with Stop() as stop:
-            return loop.train(
-                {"good": first_step, "all": first_step},
-                first_step,
-                step,
-                batches(),
-                lambda state: evaluate(state["all"]),
-                lambda step: {"data_position": step},
-                checkpointer or Saves(),
-                writer,
-                console,
-                stop,
-                Watchdog(0),
-                run,
-                loop.Rates(tokens_per_step=100, flops_per_token=1000, matmul_flops_per_second=1e9),
+            rates = loop.Rates(tokens_per_step=100, flops_per_token=1000, matmul_flops_per_second=1e9)
+            around = loop.Run(
+                settings=run,
+                checkpointer=checkpointer or Saves(),
+                meta=lambda step: {"data_position": step},
+                writer=writer,
+                console=console,
+                stop=stop,
+                watchdog=Watchdog(0),
+                rates=rates,
             )
+            state = {"good": first_step, "all": first_step}
+            return loop.train(around, state, first_step, step, batches or stream(counted()), evaluate_state)
     finally:
         console.close()
         writer.close()
@@ -309,7 +312,18 @@ def test_what_could_not_be_saved_is_told(tmp_path):
 
 def test_what_the_data_raises_comes_through(tmp_path):
     with pytest.raises(StopIteration):
-        loop.train(
-            {}, 0, None, iter(()), None, None, Saves(), MetricsWriter(tmp_path, 0, False),
-            ConsoleProgress(3, 0, 1), Stop(), Watchdog(0), config(steps=3), loop.Rates(1, 1, 0.0),
-        )  # fmt: skip
+        run_loop(tmp_path, config(steps=3), batches=stream(iter(())))
+
+
+def test_a_batch_may_depend_on_the_state_and_change_it(tmp_path):
+    """As rows made by the present weights do: the state that a batch comes with is the one stepped and saved."""
+    asked, saves = [], Saves()
+
+    def batches(state: dict[str, int], step: int) -> tuple[dict[str, int], int]:
+        asked.append((step, state["all"]))
+        return state | {"good": state["good"] + 10 * (step % 3 == 0)}, state["all"]
+
+    outcome = run_loop(tmp_path, config(steps=7, save_every=3), batches=batches, checkpointer=saves)
+    assert asked == [(step, step) for step in range(7)]
+    assert outcome.state == {"good": 7 + 30, "all": 7}
+    assert [state["good"] for state in saves.states] == [3 + 10, 6 + 20, 7 + 30]

@@ -205,7 +205,7 @@ def test_held_out_rows_go_on_and_are_all_there(corpus_file):
 def test_pretraining_with_a_memory_resumes_bitwise(micro, tmp_path, monkeypatch, capsys):
     """Eight steps at once, and four and four: the same loss, held-out loss and memory."""
     from tpu import host
-    from train.pretrain import pretrain
+    from train.run import pretrain
     from train.signals import Stop
     from train.workdir import Workdir
 

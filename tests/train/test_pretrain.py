@@ -25,11 +25,12 @@ import pytest
 
 from tpu import host
 from tpu.errors import UserError
+from train import run
 from train.checkpoint import checkpoint
 from train.checkpoint.checkpoint import Checkpointer, read_meta
 from train.config import Experiment
-from train.data import corpus, pipeline
-from train.pretrain import pretrain
+from train.data import pipeline
+from train.run import pretrain
 from train.signals import Stop
 from train.step import make_program
 from train.tree import to_dict
@@ -248,13 +249,13 @@ def test_another_model_or_optimizer_is_refused_by_name(tmp_path, here, micro):
 
 
 def test_an_end_before_the_first_step_claims_no_checkpoint(tmp_path, here, micro, monkeypatch, capsys):
-    load = corpus.load_corpus
+    load = run.load_corpus
 
     def terminated(data, **options):
         os.kill(os.getpid(), signal.SIGTERM)
         return load(data, **options)
 
-    monkeypatch.setattr(corpus, "load_corpus", terminated)
+    monkeypatch.setattr(run, "load_corpus", terminated)
     assert here(micro(), tmp_path) == 0
     assert ("is saved" in capsys.readouterr().out) == bool(steps_of(tmp_path))
 

@@ -34,8 +34,8 @@ from train.evaluate.retrieval import class_vectors, embedders, recall_at, zero_s
 from train.evaluate.retrieval import figures as retrieval_figures
 from train.evaluate.sight_report import figures, page
 from train.finetune import on_base
-from train.pretrain import pretrain
 from train.restore import open_checkpoint
+from train.run import pretrain
 from train.signals import Stop
 from train.starting_weights import positions_on_grid
 from train.step import frozen_mask

@@ -129,6 +129,11 @@ def train_batches(
     return iter(batches.to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=data.prefetch)))
 
 
+def stream(batches: Iterator[Any]) -> Callable[[Any, int], tuple[Any, Any]]:
+    """The batches of an iterator as the loop asks for them: (state, step) -> the state as it is, and the next one."""
+    return lambda state, step: (state, next(batches))
+
+
 def held_out_batches(
     corpus: Corpus,
     data: DataConfig,

@@ -38,8 +38,8 @@ from train.checkpoint import checkpoint, manifest
 from train.config import AdapterConfig, DataConfig, Experiment, MeshConfig, OptimizerConfig
 from train.data.batch import Batch
 from train.finetune import on_base
-from train.pretrain import pretrain
 from train.restore import open_checkpoint
+from train.run import pretrain
 from train.signals import Stop
 from train.step import make_program
 from train.workdir import Workdir

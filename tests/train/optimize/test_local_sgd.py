@@ -30,8 +30,8 @@ from train.config import DataConfig, Experiment, MeshConfig, OptimizerConfig, Ru
 from train.data import pipeline
 from train.data.batch import Batch
 from train.optimize.local_sgd import outer_update
-from train.pretrain import pretrain
 from train.restore import open_checkpoint
+from train.run import pretrain
 from train.signals import Stop
 from train.state import TrainState
 from train.step import Program, make_program

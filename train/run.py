@@ -1,0 +1,239 @@
+"""A run from its beginning to its end: weights and corpus to start from, what stands around the loop, and what is said
+of how it ended."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import pathlib
+import sys
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+import jax
+from jax.sharding import Mesh
+
+from tpu import distributed, host
+from tpu.errors import UserError
+from tpu.mesh import make_mesh
+from tpu.watchdog import Watchdog
+from train import loop
+from train.adapter.frozen import Base
+from train.budget.flops import flops_per_token, shown
+from train.budget.summary import parameter_counts
+from train.checkpoint import checkpoint
+from train.checkpoint.checkpoint import Checkpointer
+from train.config import Experiment, RunConfig
+from train.data import pipeline
+from train.data.batch import Batch
+from train.data.corpus import Corpus, load_corpus, log_left_out
+from train.data.text import tokenizer
+from train.data.text.tokenizer import Tokenizer
+from train.evaluate.held_out import held_out_figures
+from train.metrics import ConsoleProgress, MetricsWriter
+from train.signals import Stop
+from train.starting_weights import taken_over, tokenizer_of
+from train.state import TrainState
+from train.step import Program, abstract_batch, batch_layout, make_program
+from train.tree import to_dict
+from train.workdir import Workdir, versions
+
+
+def pretrain(experiment: Experiment, workdir: Workdir, stop: Stop, base: Base | None = None) -> int:
+    """Trains until `run.steps`, a signal or divergence; returns the exit status. `base` is what an adapter is trained
+    on; its weights stay as they are, and are not saved."""
+    workdir.check_experiment(experiment)
+    backend = host.start_backend()
+    data, settings = experiment.data, experiment.run
+    model = experiment.model.placed(backend, host.fast_dtype(backend))
+    placed = dataclasses.replace(experiment, model=model).on(len(jax.devices()))
+    mesh = make_mesh(placed.mesh)
+    layout = batch_layout(placed, mesh)
+    rows = distributed.rows_here(layout.tokens, abstract_batch(placed).tokens.shape)
+
+    def assembled(batches: Iterable[Batch]) -> Iterator[Batch]:
+        return (distributed.assemble(batch, layout, rows, data.batch_size) for batch in batches)
+
+    watchdog = Watchdog(settings.watchdog_seconds)
+    with jax.set_mesh(mesh):
+        program = make_program(placed, mesh)
+        if base:
+            program = program.over(checkpoint.load_weights(base.step_dir, program.abstract_base))
+        checkpointer = Checkpointer(workdir.path / "checkpoints", settings)
+        state, first_step, corpus = begin(experiment, program, workdir.path, checkpointer, mesh, base)
+        special = experiment.objective.special_tokens(data.context)
+        tokenizer.check_vocabulary(corpus.tokenizer, model.vocab_size, special)
+        for change in workdir.write_experiment(experiment):
+            print(f"changed since this workdir was last used: {change}")
+        if first_step >= settings.steps:
+            print(f"already at step {first_step} of run.steps={settings.steps}; raise --config.run.steps to go on")
+            return 0
+        if experiment.model.attention == "auto":
+            kind, why = experiment.model.attention_for(model.platform, model.compute_dtype)
+            print(f"attention: {kind}; {why}")
+
+        def held_out() -> Iterator[Batch]:
+            transform = pipeline.row_transform(experiment, corpus, held_out=True)
+            limit = settings.eval_batches
+            return assembled(pipeline.held_out_batches(corpus, data, data.batch_size, limit, rows, transform))
+
+        run = loop.Run(
+            settings=settings,
+            checkpointer=checkpointer,
+            meta=_meta(experiment, corpus, base),
+            rates=_rates(placed, program),
+            writer=MetricsWriter(workdir.path, first_step, settings.tensorboard) if distributed.leads() else None,
+            console=ConsoleProgress(settings.steps, first_step, settings.log_every),
+            stop=stop,
+            watchdog=watchdog,
+        )
+        evaluate = _evaluation(program, held_out, corpus, run, experiment.objective.name)
+        transform = pipeline.row_transform(experiment, corpus)
+        batches = pipeline.train_batches(corpus, data, settings.seed, first_step, rows, transform)
+        with watchdog:  # Of what comes after an error, too: it may wait for another process.
+            try:
+                batch = pipeline.stream(assembled(batches))
+                outcome = loop.train(run, state, first_step, program.step, batch, evaluate)
+            finally:
+                run.console.close()
+                if run.writer:
+                    run.writer.close()
+                batches.close()
+                checkpointer.close()
+    log_left_out(corpus.train)
+    return _conclude(outcome, workdir, settings)
+
+
+def begin(
+    experiment: Experiment,
+    program: Program,
+    path: pathlib.Path,
+    checkpointer: Checkpointer,
+    mesh: Mesh,
+    base: Base | None = None,
+) -> tuple[TrainState, int, Corpus]:
+    """The state that a run in the workdir `path` begins with, the steps it has taken, and the corpus.
+
+    The state is one of three: of weights imported to the workdir, its newest good checkpoint, or fresh, with the
+    weights of `run.start` where there are any. The tokenizer is that of the weights, where they have one.
+    """
+    key = jax.random.key(experiment.run.seed)
+    imported = distributed.decide(lambda: str(checkpoint.imported(checkpointer.directory) or ""))
+    if imported:
+        step_dir = pathlib.Path(imported)
+        print(f"starting from the weights imported to {path}")
+        corpus = _load_corpus(experiment, tokenizer.from_dict(checkpoint.read_meta(step_dir)["tokenizer"]))
+        return program.init(key, checkpoint.load_weights(step_dir, program.abstract_state.weights)), 0, corpus
+    if restored := checkpointer.restore(program.abstract_state):
+        state, saved_meta, first_step = restored
+        if base:
+            base.check(saved_meta, path)
+        print(f"resuming from step {first_step} in {path}")
+        return state, first_step, _load_corpus(experiment, tokenizer.from_dict(saved_meta["tokenizer"]))
+    start = experiment.run.start
+    corpus = _load_corpus(experiment, base.tokenizer if base else tokenizer_of(start))
+    state = program.init(key)
+    if start:
+        state = program.init(key, taken_over(state.weights, start, mesh, experiment.model.vision))
+    return state, 0, corpus
+
+
+def _load_corpus(experiment: Experiment, saved: Tokenizer | None = None) -> Corpus:
+    """The corpus, with process 0's tokenizer. It reads before the others, which may then find its work in the cache.
+
+    Raises UserError where the sources of two hosts differ.
+    """
+    data, asked = experiment.data, {"objective": experiment.objective.name, "model": experiment.model}
+    loaded: list[Corpus] = []
+
+    def load_first() -> dict[str, Any]:
+        loaded.append(load_corpus(data, tokenizer=saved, **asked))
+        return {"tokenizer": loaded[0].tokenizer.to_dict(), "report": loaded[0].report}
+
+    first = distributed.decide(load_first)
+    corpus = loaded[0] if loaded else load_corpus(data, tokenizer=tokenizer.from_dict(first["tokenizer"]), **asked)
+    same = json.dumps(corpus.report) == json.dumps(first["report"])
+    if unlike := [process for process, found in enumerate(distributed.gather(same)) if not found]:
+        raise UserError(f"data.sources: process {unlike[0]} finds other documents there than process 0")
+    return corpus
+
+
+def _meta(experiment: Experiment, corpus: Corpus, base: Base | None) -> Callable[[int], dict[str, Any]]:
+    """What a checkpoint holds beside the state, by its step."""
+    return lambda step: {
+        "experiment": to_dict(experiment),
+        "versions": versions(),
+        "tokenizer": corpus.tokenizer.to_dict(),
+        "data_position": step,
+        "corpus": corpus.report,
+        **({"base": base.reference()} if base else {}),
+    }
+
+
+def _evaluation(
+    program: Program, batches: Callable[[], Iterable[Batch]], corpus: Corpus, run: loop.Run, objective: str
+) -> Callable[[TrainState], dict[str, float] | None]:
+    """The held-out figures of a state, and, by names with "ema_" before them, of its moving average; None where a
+    signal cut them short, and of a corpus that holds nothing out."""
+
+    def evaluate(state: TrainState) -> dict[str, float] | None:
+        if not corpus.held_out:
+            return None
+        figures: dict[str, float] = {}
+        for prefix, weights in (("", state.weights), ("ema_", state.ema)):
+            if weights is None:
+                continue
+            found = held_out_figures(
+                program.evaluate, weights, batches(), corpus, run.stop, run.watchdog, objective, program.empty_memory()
+            )
+            if found is None:
+                return None
+            figures |= {prefix + name: value for name, value in found.items()}
+        log_left_out(corpus.held_out)
+        return figures
+
+    return evaluate
+
+
+def _rates(experiment: Experiment, program: Program) -> loop.Rates:
+    """What a step costs, and the peak that the devices reach, which is measured; says it, too."""
+    model, data = experiment.model, experiment.data
+    peak = host.measured_matmul_rate(model.compute_dtype) if distributed.leads() else 0.0
+    weights, frozen = program.abstract_state.weights, program.abstract_base
+    counts = parameter_counts(weights)
+    on_base = f" on {parameter_counts(frozen)['total']:,} frozen ones" if frozen else ""
+    devices = jax.devices()
+    print(
+        f"{experiment.name}: {counts['total']:,} parameters ({counts['non_embedding']:,} without embeddings)"
+        f"{on_base}, {len(devices)} {devices[0].device_kind} in {model.compute_dtype}, "
+        f"measured matmul peak {peak / 1e9:,.0f} GFLOP/s each",
+        flush=True,
+    )
+    return loop.Rates(
+        tokens_per_step=data.batch_size * data.context,
+        flops_per_token=flops_per_token(model, weights, data.context, frozen, shown(experiment)),
+        matmul_flops_per_second=peak * len(devices),
+    )
+
+
+def _conclude(outcome: loop.Outcome, workdir: Workdir, run: RunConfig) -> int:
+    """Says how the run ended and what to do next; returns the exit status."""
+    if not outcome.saved:
+        print(f"error: the state at step {outcome.step} could not be saved; see above", file=sys.stderr)
+        return 1
+    if outcome.step == 0:
+        print(f"{outcome.reason}: before the first step, so there is nothing to save (exit status 0)")
+        return 0
+    saved = f"step {outcome.step} is saved in {workdir.path / 'checkpoints'}"
+    if outcome.reason == "diverged":
+        print(
+            f"error: {run.max_bad_steps} updates in a row had a loss or gradient that is not finite; stopped. {saved}, "
+            "with the weights from before them; lower optimizer.learning_rate or look at the data",
+            file=sys.stderr,
+        )
+        return 1
+    if outcome.reason == "finished":
+        print(f"finished after {outcome.seconds:.0f} s; {saved}")
+    else:
+        print(f"{outcome.reason}: {saved}; the same command goes on from there (exit status 0)")
+    return 0
