@@ -7,11 +7,14 @@ of it is ever executed. Written in one pass, a piece at a time. A model is one f
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import math
 import mmap
+import os
 import shutil
 import struct
+import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -41,6 +44,7 @@ DTYPES = {
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
 LONGEST_HEADER = 100_000_000  # bytes, as in the reference implementation
 CHUNK = 16 * 2**20  # bytes of a mapped tensor that are in memory at one time
+SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 
 
@@ -174,10 +178,16 @@ def _checked(path: Path, header: dict[str, Any], size: int) -> dict[str, tuple[S
 
 
 def open_directory(directory: Path) -> dict[str, Tensor]:
-    """All tensors of a model's directory: one .safetensors file, or those that the index names. Raises UserError."""
+    """All tensors of a model's directory. Raises UserError.
+
+    They are those of model.safetensors, else of the files that its index names, as transformers has it; else those of
+    the one .safetensors file there is. Adapters and other layouts of the same weights may lie beside the first two.
+    """
+    if (directory / SINGLE).is_file():
+        return open_file(directory / SINGLE)
     if (directory / INDEX).is_file():
         return _open_indexed(directory)
-    files = sorted(directory.glob("*.safetensors"))
+    files = sorted(path for path in directory.glob("*.safetensors") if not path.name.startswith("."))
     if len(files) == 1:
         return open_file(files[0])
     if files:
@@ -256,7 +266,7 @@ def write_directory(
         shards[-1][name] = spec
     metadata = {"format": "pt"}  # transformers refuses files without it.
     if len(shards) == 1:
-        write_file(directory / "model.safetensors", shards[0], pieces, metadata)
+        write_file(directory / SINGLE, shards[0], pieces, metadata)
         return
     names = [f"model-{i:05}-of-{len(shards):05}.safetensors" for i in range(1, len(shards) + 1)]
     for file, shard in zip(names, shards, strict=True):
@@ -264,24 +274,42 @@ def write_directory(
     places = {name: file for file, shard in zip(names, shards, strict=True) for name in shard}
     total = sum(spec.bytes for spec in specs.values())
     index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(places.items()))}
-    (directory / INDEX).write_text(json.dumps(index, indent=2) + "\n")
+    (directory / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
 
 
 @contextlib.contextmanager
 def whole_directory(path: Path) -> Iterator[Path]:
     """A temporary directory that becomes `path` at the end, or is removed where that is not reached.
 
-    Raises UserError where `path` exists and is not empty, or cannot be written.
+    It has a name that nothing had before, so several may be in the making at once: the first to end has `path`. An
+    empty directory that is there already (it may be where somebody is, or a mount) is filled, not replaced.
+
+    Raises UserError where `path` exists and is not an empty directory, at the beginning or by the end, or cannot be
+    written.
     """
-    if path.exists() and not (path.is_dir() and not any(path.iterdir())):
-        raise UserError(f"{path}: exists already and is not an empty directory; give another name")
-    temporary = path.with_name(path.name + ".tmp")
+    taken = UserError(f"{path}: exists already and is not an empty directory; give another name")
+    path = Path(os.path.abspath(path))
+    there, holder = path.exists(), None
+    if there and not (path.is_dir() and not any(path.iterdir())):
+        raise taken
     try:
-        shutil.rmtree(temporary, ignore_errors=True)
-        temporary.mkdir(parents=True)
-        yield temporary
-        temporary.replace(path)
+        parent = path if there else path.parent
+        parent.mkdir(parents=True, exist_ok=True)
+        holder = Path(tempfile.mkdtemp(prefix=f"{path.name}.", suffix=".tmp", dir=parent))
+        made = holder / path.name  # The holder is this user's alone; what becomes `path` has the usual permissions.
+        made.mkdir()
+        yield made
+        if there:
+            if any(other != holder for other in path.iterdir()):
+                raise taken
+            for child in sorted(made.iterdir()):
+                child.rename(path / child.name)
+        else:
+            made.rename(path)
     except OSError as error:
-        raise UserError(f"{path}: cannot be written ({error.strerror})") from error
+        if error.errno in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR) and path.exists():
+            raise taken from error
+        raise UserError(f"{path}: cannot be written ({error.strerror or error})") from error
     finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+        if holder:
+            shutil.rmtree(holder, ignore_errors=True)

@@ -8,7 +8,6 @@ for {}. CLIP's probabilities sum to 1 over the classes; SigLIP has one for each 
 
 from __future__ import annotations
 
-import json
 import pathlib
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
@@ -22,11 +21,13 @@ if TYPE_CHECKING:
     from train.restore import Trained
 
 if __name__ == "__main__":
-    flags.DEFINE_string("checkpoint", None, "workdir of a run, or one of its step directories")
-    flags.DEFINE_multi_string("image", [], "file of a picture; may be given several times")
+    flags.DEFINE(entry.PATH, "checkpoint", None, "workdir of a run, or one of its step directories")
+    flags.DEFINE_multi(
+        entry.PATH, flags.ArgumentSerializer(), "image", [], "file of a picture; may be given several times"
+    )
     flags.DEFINE_multi_string("label", [], "name of a class; to be given twice or more")
     flags.DEFINE_multi_string("template", ["{}"], "text with {} for the name; several are averaged")
-    flags.DEFINE_string("json", None, "also write the probabilities to this file")
+    flags.DEFINE(entry.PATH, "json", None, "also write the probabilities to this file")
 
 
 def probabilities(
@@ -56,7 +57,7 @@ def main() -> int:
     """Prints the classes of every --image, the most probable first, and writes --json."""
     options = entry.FLAGS
     entry.need(checkpoint=options.checkpoint)
-    entry.need_directory(json=options.json)
+    entry.need_writable(json=options.json)
     if not options.image:
         raise UserError("image: missing; give one picture or more")
     if len(set(options.label)) < 2:
@@ -72,9 +73,7 @@ def main() -> int:
         print(path)
         for label, share in sorted(of_image.items(), key=lambda item: -item[1]):
             print(f"  {share:7.1%}  {label}")
-    if options.json:
-        report = dict(zip(options.image, found, strict=True))
-        pathlib.Path(options.json).write_text(json.dumps(report, indent=1))
+    entry.write_json(dict(zip(options.image, found, strict=True)))
     return 0
 
 

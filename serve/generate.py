@@ -10,7 +10,6 @@ What a sample reads depends on the model, its prompt, --seed, its number and the
 from __future__ import annotations
 
 import dataclasses
-import json
 import logging
 import pathlib
 import sys
@@ -29,12 +28,16 @@ if TYPE_CHECKING:
     pass
 
 if __name__ == "__main__":
-    flags.DEFINE_string("checkpoint", None, "workdir of a run, or one of its step directories")
-    flags.DEFINE_string("base", None, "of an adapter's checkpoint: where its base lies now; default: where it was")
+    flags.DEFINE(entry.PATH, "checkpoint", None, "workdir of a run, or one of its step directories")
+    flags.DEFINE(entry.PATH, "base", None, "of an adapter's checkpoint: where its base lies now; default: where it was")
     flags.DEFINE_multi_string("prompt", [], "text to continue; may be given several times; none: from the start")
-    flags.DEFINE_string("prompt_file", None, "file with one more prompt, taken as it stands; -: standard input")
-    flags.DEFINE_multi_string(
-        "image", [], "file that the prompt is about; may be given several times, in the order of <image> in the prompt"
+    flags.DEFINE(entry.PATH, "prompt_file", None, "file with one more prompt, taken as it stands; -: standard input")
+    flags.DEFINE_multi(
+        entry.PATH,
+        flags.ArgumentSerializer(),
+        "image",
+        [],
+        "file that the prompt is about; may be given several times, in the order of <image> in the prompt",
     )
     flags.DEFINE_integer("max_tokens", 128, "most tokens to generate")
     flags.DEFINE_integer("samples", 1, "continuations of each prompt")
@@ -53,7 +56,7 @@ if __name__ == "__main__":
         ["auto", "float32", "bfloat16"],
         "number format of the products; auto: float32 on CPU, elsewhere what the model was trained with",
     )
-    flags.DEFINE_string("json", None, "also write prompts, texts, tokens and log-probabilities to this file")
+    flags.DEFINE(entry.PATH, "json", None, "also write prompts, texts, tokens and log-probabilities to this file")
 
 log = logging.getLogger(__name__)
 
@@ -64,7 +67,7 @@ def main() -> int:
     entry.need(checkpoint=options.checkpoint)
     if options.samples < 1:
         raise UserError(f"samples={options.samples}: must be at least 1")
-    entry.need_directory(json=options.json)
+    entry.need_writable(json=options.json)
     shared = {f.name: getattr(options, f.name) for f in dataclasses.fields(Request) if f.name in options}
     shared["images"] = tuple(options.image)
     prompts = [*options.prompt, *([_read(options.prompt_file)] if options.prompt_file else [])] or [""]
@@ -104,15 +107,13 @@ def main() -> int:
     _print(completions, streaming, options.logprobs)
     count = sum(len(completion.tokens) for completion in completions)
     print(f"({count} tokens in {seconds:.1f} s with compilation, from {step_dir})", file=sys.stderr)
-    if options.json:
-        report = {"checkpoint": str(step_dir), "completions": [_report(completion) for completion in completions]}
-        pathlib.Path(options.json).write_text(json.dumps(report, indent=1))
+    entry.write_json({"checkpoint": str(step_dir), "completions": [_report(completion) for completion in completions]})
     return 0
 
 
 def _read(path: str) -> str:
     try:
-        return (sys.stdin.buffer.read() if path == "-" else pathlib.Path(path).read_bytes()).decode()
+        return (sys.stdin.buffer.read() if path == "-" else pathlib.Path(path).read_bytes()).decode("utf-8-sig")
     except OSError as error:
         raise UserError(f"prompt_file={path}: cannot be read ({error.strerror})") from error
     except UnicodeDecodeError as error:

@@ -5,12 +5,15 @@ Nothing here imports jax at module level, so that settings can be made before ja
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import os
 import pathlib
 import platform
 import resource
 import time
+
+from tpu.errors import UserError
 
 # Parameters of mallopt(3), from glibc's malloc.h.
 _M_TRIM_THRESHOLD, _M_MMAP_MAX, _M_ARENA_MAX = -1, -4, -8
@@ -55,17 +58,34 @@ def fast_dtype(backend: str) -> str:
 
 
 def start_backend(compilation_cache: bool = True) -> str:
-    """Starts jax and returns its back end's name, with compiled programs kept in `$FOURSIGHT_CACHE/compiled`."""
+    """Starts jax and returns its back end's name, with compiled programs kept in `$FOURSIGHT_CACHE/compiled`.
+
+    They are not kept where that cannot be written. Raises UserError where the platforms of JAX_PLATFORMS cannot start.
+    """
     import jax
 
     if compilation_cache and not os.environ.get("JAX_COMPILATION_CACHE_DIR"):
-        jax.config.update("jax_compilation_cache_dir", str(cache_dir() / "compiled"))
-    return jax.default_backend()
+        with contextlib.suppress(UserError, OSError):
+            compiled = cache_dir() / "compiled"
+            compiled.mkdir(parents=True, exist_ok=True)
+            jax.config.update("jax_compilation_cache_dir", str(compiled))
+    try:
+        return jax.default_backend()
+    except (RuntimeError, AssertionError) as error:
+        why = (str(error).splitlines() or ["it gives no reason"])[0]
+        given = os.environ.get("JAX_PLATFORMS", "")
+        raise UserError(f"JAX_PLATFORMS={given}: jax cannot start there ({why}); give cpu, or what there is") from error
 
 
 def cache_dir() -> pathlib.Path:
-    """Where tokens, trained tokenizers and compiled programs are kept between runs."""
-    return pathlib.Path(os.environ.get("FOURSIGHT_CACHE") or pathlib.Path.home() / ".cache" / "foursight")
+    """Where tokens, trained tokenizers and compiled programs are kept between runs.
+
+    $FOURSIGHT_CACHE, else ~/.cache/foursight. Raises UserError where there is no home to find it in.
+    """
+    folder = os.path.expanduser(os.environ.get("FOURSIGHT_CACHE") or "~/.cache/foursight")
+    if folder == "~" or folder.startswith("~/"):
+        raise UserError("there is no home directory to keep tokens in; name a directory in FOURSIGHT_CACHE")
+    return pathlib.Path(folder)
 
 
 def measured_matmul_rate(dtype: str, size: int = 0, seconds: float = 0.5) -> float:

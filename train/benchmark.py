@@ -8,8 +8,6 @@ Needs neither Grain nor tensorflow-datasets.
 
 from __future__ import annotations
 
-import json
-import pathlib
 import statistics
 import time
 from typing import TYPE_CHECKING, Any
@@ -34,13 +32,13 @@ if __name__ == "__main__":
     flags.DEFINE_integer("rows", 1, "with --decode: sequences generated at a time", lower_bound=1)
     flags.DEFINE_integer("prompt_tokens", 16, "with --decode: tokens of the prompt", lower_bound=1)
     flags.DEFINE_integer("new_tokens", 128, "with --decode: tokens to generate", lower_bound=1)
-    flags.DEFINE_string("json", None, "also write the figures to this file")
+    flags.DEFINE(entry.PATH, "json", None, "also write the figures to this file")
 
 
 def main() -> int:
     """Measures --config."""
     experiment = entry.experiment_from_flags()
-    entry.need_directory(json=entry.FLAGS.json)
+    entry.need_writable(json=entry.FLAGS.json)
     started = time.perf_counter()
     host.keep_freed_memory()
     backend = host.start_backend(compilation_cache=False)
@@ -65,8 +63,7 @@ def main() -> int:
     figures["peak_device_bytes"] = host.device_bytes(peak=True)
     for name, value in figures.items():
         print(f"{name:26}{value:,.4g}" if isinstance(value, float) else f"{name:26}{value}")
-    if entry.FLAGS.json:
-        pathlib.Path(entry.FLAGS.json).write_text(json.dumps(figures, indent=1))
+    entry.write_json(figures)
     return 0
 
 

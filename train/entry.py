@@ -7,6 +7,9 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import errno
+import io
+import json
 import logging
 import os
 import pathlib
@@ -24,6 +27,21 @@ from train.config import Experiment
 from train.tree import type_name
 
 FLAGS = flags.FLAGS
+
+
+class _Path(flags.ArgumentParser):
+    """A file or directory. A leading ~ is the home: shells leave it as it is after `--workdir=`."""
+
+    syntactic_help = "a path"
+
+    def parse(self, argument: str) -> str:
+        path = os.path.expanduser(argument)
+        if path == "~" or path.startswith("~/"):
+            raise ValueError("there is no home directory; write it without ~")
+        return path
+
+
+PATH = _Path()  # for flags.DEFINE
 
 
 def define_config() -> flags.FlagHolder:
@@ -68,20 +86,60 @@ def need(**values: object) -> None:
             raise UserError(f"--{name} is missing")
 
 
-def need_directory(**files: str | None) -> None:
-    """Raises UserError for the first flag that names a file to write in a directory that does not exist."""
+def need_writable(**files: str | None) -> None:
+    """Raises UserError for the first flag that names a file that cannot be written."""
     for name, file in files.items():
-        if file and not pathlib.Path(file).absolute().parent.is_dir():
+        path = pathlib.Path(file or os.devnull).absolute()
+        if not path.parent.is_dir():
             raise UserError(f"{name}={file}: its directory does not exist")
+        if path.is_dir():
+            raise UserError(f"{name}={file}: is a directory; give the name of a file")
+        if not os.access(path if path.exists() else path.parent, os.W_OK):
+            raise UserError(f"{name}={file}: cannot be written (permission denied)")
+
+
+def write_file(name: str, text: str) -> None:
+    """Writes `text` to the file that the flag --NAME gives, if it gives one. Raises UserError."""
+    if file := FLAGS[name].value:
+        try:
+            pathlib.Path(file).write_text(text, encoding="utf-8")
+        except OSError as error:
+            raise UserError(f"{name}={file}: cannot be written ({error.strerror})") from error
+
+
+def write_json(tree: object) -> None:
+    """Writes `tree` to the file that --json gives, if it gives one. Raises UserError."""
+    write_file("json", json.dumps(tree, indent=1))
 
 
 def _guarded(main: Callable[[], int | None]) -> None:
     _plain_log_lines()
+    for stream in (sys.stdout, sys.stderr):  # Texts may hold what the terminal's encoding does not.
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
     try:
         status = main()
     except UserError as error:
         fail(str(error))
+    except (OSError, MemoryError, RuntimeError) as error:
+        if exhausted := _exhausted(error):
+            fail(exhausted)
+        raise
     sys.exit(status or 0)
+
+
+def _exhausted(error: Exception) -> str:
+    """Of which of its means the machine has run out, where that is the error; else nothing."""
+    said = (str(error).splitlines() or [""])[0]
+    if isinstance(error, OSError):
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG, errno.EIO)
+        return f"{error.filename or 'writing'}: {error.strerror}" if full else ""
+    if isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in said:  # of jax, whose type is not known here
+        return (
+            f"out of memory: {said.removeprefix('RESOURCE_EXHAUSTED: ') or 'none was left'}; make the model, its batch "
+            "or its context smaller, or spread it over more devices"
+        )
+    return ""
 
 
 def _plain_log_lines() -> None:

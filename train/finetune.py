@@ -25,10 +25,10 @@ if TYPE_CHECKING:
 
 if __name__ == "__main__":
     entry.define_config()
-    flags.DEFINE_string("checkpoint", None, "the base: workdir of a run, or one of its step directories")
-    flags.DEFINE_string("workdir", None, "directory of the adapter's run; made, or resumed where it exists")
+    flags.DEFINE(entry.PATH, "checkpoint", None, "the base: workdir of a run, or one of its step directories")
+    flags.DEFINE(entry.PATH, "workdir", None, "directory of the adapter's run; made, or resumed where it exists")
     flags.DEFINE_boolean("dry_run", False, "print the resolved experiment and its figures, and stop")
-    flags.DEFINE_string("json", None, "with --dry_run: also write the figures to this file")
+    flags.DEFINE(entry.PATH, "json", None, "with --dry_run: also write the figures to this file")
 
 # of DataConfig: the base decides
 TOKENIZER_FIELDS = ("tokenizer", "bpe_vocab_size")

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import logging
 import math
 import pathlib
 import sys
@@ -10,6 +12,11 @@ import time
 from typing import Any
 
 from tpu.errors import UserError
+from train.workdir import write_whole
+
+FLUSH_SECONDS = 30  # between looks of TensorBoard that see something new
+
+log = logging.getLogger(__name__)
 
 
 class MetricsWriter:
@@ -24,43 +31,77 @@ class MetricsWriter:
     def __init__(self, workdir: pathlib.Path, step: int, tensorboard: bool):
         path = workdir / "metrics.jsonl"
         kept = [line for line in _lines(path) if line["step"] <= step]
-        temporary = path.with_suffix(".tmp")
-        temporary.write_text("".join(json.dumps(line) + "\n" for line in kept))
-        temporary.replace(path)
-        self._file = path.open("a", buffering=1)
-        self._board = None
-        if tensorboard:
-            try:
-                from tensorboardX import SummaryWriter
-            except ImportError as error:
-                raise UserError(
-                    "run.tensorboard=True: the package tensorboardX is not installed; pip install tensorboardX, "
-                    "or --config.run.tensorboard=false"
-                ) from error
-            self._board = SummaryWriter(str(workdir / "tensorboard"), purge_step=step + 1 if step else None)
+        write_whole(path, "".join(json.dumps(line) + "\n" for line in kept))
+        self._file = path.open("a", buffering=1, encoding="utf-8")
+        self._failed = False
+        self._board = _Board(workdir / "tensorboard", step) if tensorboard else None
 
     def write(self, step: int, values: dict[str, Any]) -> None:
         """Records the numbers of one step; a nested dictionary becomes names with a slash in TensorBoard."""
-        self._file.write(json.dumps({"step": step} | _finite(values)) + "\n")
-        if self._board is not None:
-            for name, value in values.items():
-                for key, number in value.items() if isinstance(value, dict) else ((None, value),):
-                    self._board.add_scalar(f"{name}/{key}" if key else name, number, step)
+        try:
+            self._file.write(json.dumps({"step": step} | _finite(values)) + "\n")
+            if self._board is not None:
+                self._board.write(step, values)
+        except OSError as error:  # Of the disk: what it did not take is tried again with the next line.
+            if not self._failed:
+                log.warning("%s: cannot be written at present (%s); training goes on", self._file.name, error.strerror)
+            self._failed = True
 
     def close(self) -> None:
         """Flushes and closes the files."""
+        for file in (self._file, self._board):
+            with contextlib.suppress(OSError):
+                if file is not None:
+                    file.close()
+
+
+class _Board:
+    """TensorBoard's event files, of `tensorboardX`, written here and now.
+
+    Its SummaryWriter has a thread that ends when the disk is full, and then waits for it for ever.
+    """
+
+    def __init__(self, directory: pathlib.Path, step: int):
+        try:
+            from tensorboardX.event_file_writer import EventsWriter
+            from tensorboardX.proto.event_pb2 import Event, SessionLog
+            from tensorboardX.summary import scalar
+        except ImportError as error:
+            raise UserError(
+                "run.tensorboard=True: the package tensorboardX is not installed; pip install tensorboardX, "
+                "or --config.run.tensorboard=false"
+            ) from error
+        directory.mkdir(parents=True, exist_ok=True)
+        self._event, self._scalar = Event, scalar
+        self._file = EventsWriter(str(directory / "events"))
+        self._flushed = time.monotonic()
+        if step:  # TensorBoard then leaves out what a run that was killed wrote of later steps.
+            self._file.write_event(Event(step=step + 1, file_version="brain.Event:2"))
+            self._file.write_event(Event(step=step + 1, session_log=SessionLog(status=SessionLog.START)))
+
+    def write(self, step: int, values: dict[str, Any]) -> None:
+        """Adds the numbers of a step; raises OSError where the disk does not take them."""
+        for name, value in values.items():
+            for key, number in value.items() if isinstance(value, dict) else ((None, value),):
+                summary = self._scalar(f"{name}/{key}" if key else name, number)
+                self._file.write_event(self._event(wall_time=time.time(), step=step, summary=summary))
+        if time.monotonic() - self._flushed > FLUSH_SECONDS:
+            self._flushed = time.monotonic()
+            self._file.flush()
+
+    def close(self) -> None:
+        """Flushes and closes the file."""
         self._file.close()
-        if self._board is not None:
-            self._board.close()
 
 
 def _lines(path: pathlib.Path) -> list[dict[str, Any]]:
+    """The lines of a metrics.jsonl. What a crash left there that is none, cut or no text, is passed over."""
     lines = []
-    for text in path.read_text().splitlines() if path.exists() else ():
-        try:
-            lines.append(json.loads(text))
-        except json.JSONDecodeError:  # The last line of a killed run may be cut.
-            continue
+    for text in path.read_bytes().splitlines() if path.exists() else ():
+        with contextlib.suppress(ValueError, RecursionError):
+            match json.loads(text):
+                case {"step": int()} as line:
+                    lines.append(line)
     return lines
 
 

@@ -11,16 +11,15 @@ Process 0 alone prints and writes figures; any number of hosts, and any mesh, go
 
 from __future__ import annotations
 
-import json
 import logging
 import os
-import pathlib
 import sys
 from typing import TYPE_CHECKING
 
 from absl import flags
 
 from tpu import distributed, host
+from tpu.errors import UserError
 from train import entry
 from train.config import Experiment
 
@@ -29,9 +28,11 @@ if TYPE_CHECKING:
 
 if __name__ == "__main__":
     entry.define_config()
-    flags.DEFINE_string("workdir", None, "directory of the run; made where it does not exist, resumed where it does")
+    flags.DEFINE(
+        entry.PATH, "workdir", None, "directory of the run; made where it does not exist, resumed where it does"
+    )
     flags.DEFINE_boolean("dry_run", False, "print the resolved experiment and its figures, and stop")
-    flags.DEFINE_string("json", None, "with --dry_run: also write the figures to this file")
+    flags.DEFINE(entry.PATH, "json", None, "with --dry_run: also write the figures to this file")
 
 
 def main() -> int:
@@ -42,15 +43,16 @@ def main() -> int:
 def start(experiment: Experiment, base: Base | None = None) -> int:
     """Shows what the experiment amounts to (--dry_run), or trains it in --workdir; returns the exit status."""
     if entry.FLAGS.dry_run:
-        entry.need_directory(json=entry.FLAGS.json)
+        entry.need_writable(json=entry.FLAGS.json)
         from train.budget.summary import print_summary, summarize
 
         figures = summarize(experiment)
         print_summary(experiment, figures)
-        if entry.FLAGS.json:
-            pathlib.Path(entry.FLAGS.json).write_text(json.dumps(figures, indent=1))
+        entry.write_json(figures)
         return 0
     entry.need(workdir=entry.FLAGS.workdir)
+    if entry.FLAGS.json:
+        raise UserError(f"json={entry.FLAGS.json}: only with --dry_run; a run's figures are in its metrics.jsonl")
     from train.signals import Stop
     from train.workdir import Workdir
 

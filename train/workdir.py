@@ -7,6 +7,7 @@ import importlib.metadata
 import json
 import os
 import platform
+import secrets
 import socket
 import subprocess
 from pathlib import Path
@@ -107,7 +108,7 @@ def read_experiment(path: str | Path) -> Experiment:
     """The experiment that a workdir belongs to, equal to the one that was written. Raises UserError if unreadable."""
     file = Path(path) / "experiment.json"
     try:
-        tree = json.loads(file.read_text())["experiment"]
+        tree = json.loads(file.read_bytes())["experiment"]
     except OSError as error:
         raise UserError(f"{file}: {error.strerror}; give the workdir of a run") from error
     except (ValueError, KeyError, TypeError) as error:
@@ -162,9 +163,18 @@ def _git(root: Path, *arguments: str) -> str:
 
 def write_json(path: Path, tree: Any) -> None:
     """Writes `tree` so that `path` holds either all of it or what it held before, whenever the process dies."""
-    temporary = path.with_name(path.name + ".tmp")
-    with temporary.open("w") as file:
-        json.dump(tree, file, indent=1)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
+    write_whole(path, json.dumps(tree, indent=1))
+
+
+def write_whole(path: Path, text: str) -> None:
+    """As `write_json`, for text. It is written first under a name that nothing had before. Raises OSError."""
+    temporary = path.with_name(f"{path.name}.{secrets.token_hex(4)}.tmp")
+    with temporary.open("x", encoding="utf-8") as file:
+        try:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+            temporary.replace(path)
+        except BaseException:
+            temporary.unlink(missing_ok=True)
+            raise

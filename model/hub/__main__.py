@@ -36,9 +36,9 @@ NEEDS = {"import": ("from", "to"), "export": ("checkpoint", "to"), "run": ("from
 
 if __name__ == "__main__":
     COMMAND = sys.argv.pop(1) if len(sys.argv) > 1 and not sys.argv[1].startswith("-") else ""
-    flags.DEFINE_string("from", None, "import, run: a directory with config.json and safetensors")
-    flags.DEFINE_string("to", None, "import: the workdir to make; export: the directory to make")
-    flags.DEFINE_string("checkpoint", None, "export: workdir of a run, or one of its step directories")
+    flags.DEFINE(entry.PATH, "from", None, "import, run: a directory with config.json and safetensors")
+    flags.DEFINE(entry.PATH, "to", None, "import: the workdir to make; export: the directory to make")
+    flags.DEFINE(entry.PATH, "checkpoint", None, "export: workdir of a run, or one of its step directories")
     flags.DEFINE_boolean("ema", False, "export: the moving average of the weights")
     flags.DEFINE_string(
         "family", None, "export: the model_type or architecture to write; default: as imported, or the first that fits"
@@ -47,8 +47,8 @@ if __name__ == "__main__":
         "dtype", "auto", ["auto", "float32", "bfloat16"], "of the weights written; auto: as they are (float16: float32)"
     )
     flags.DEFINE_integer("shard_bytes", 5 * 10**9, "export: most bytes of one file", lower_bound=1)
-    flags.DEFINE_string("inputs", None, "run: arrays to compute on, .npz")
-    flags.DEFINE_string("out", None, "run: where to write the results, .npz")
+    flags.DEFINE(entry.PATH, "inputs", None, "run: arrays to compute on, .npz")
+    flags.DEFINE(entry.PATH, "out", None, "run: where to write the results, .npz")
     flags.DEFINE_integer("new_tokens", 0, "run: tokens to generate, each the most probable", lower_bound=0)
 
 
@@ -62,7 +62,7 @@ def run_model(source: pathlib.Path, inputs_file: pathlib.Path, out: pathlib.Path
     from tpu.mesh import make_mesh
     from train.config import MeshConfig
 
-    entry.need_directory(out=str(out))
+    entry.need_writable(out=str(out))
     try:
         with np.load(inputs_file, allow_pickle=False) as file:
             inputs = dict(file)
@@ -75,8 +75,11 @@ def run_model(source: pathlib.Path, inputs_file: pathlib.Path, out: pathlib.Path
     mesh = make_mesh(MeshConfig(), jax.devices()[:1])
     with jax.set_mesh(mesh):
         found = opened.family.run(model, load(opened.weights, model, mesh), inputs, new_tokens, opened.generation)
-    with out.open("wb") as file:
-        np.savez(file, **found)
+    try:
+        with out.open("wb") as file:
+            np.savez(file, **found)
+    except OSError as error:
+        raise UserError(f"out={out}: cannot be written ({error.strerror})") from error
     print(", ".join(f"{name} {list(value.shape)}" for name, value in found.items()))
 
 

@@ -195,3 +195,62 @@ def test_a_directory_appears_whole_or_not_at_all(tmp_path):
         pass
     with pytest.raises(UserError, match="cannot be written"), whole_directory(tmp_path / "x" / "file" / "y"):
         pass
+
+
+def test_a_folder_of_the_users_beside_it_stays(tmp_path):
+    (tmp_path / "x.tmp").mkdir()
+    (tmp_path / "x.tmp" / "notes").write_text("precious")
+    with whole_directory(tmp_path / "x") as made:
+        (made / "file").write_text("whole")
+    assert (tmp_path / "x.tmp" / "notes").read_text() == "precious"
+    assert {p.name for p in tmp_path.iterdir()} == {"x", "x.tmp"}
+    assert (tmp_path / "x").stat().st_mode & 0o777 == (tmp_path / "x.tmp").stat().st_mode & 0o777
+
+
+@pytest.mark.parametrize("there", [False, True])
+def test_of_two_at_once_the_first_to_end_has_the_name(tmp_path, there):
+    def write_two() -> None:
+        with whole_directory(tmp_path / "x") as second:
+            (second / "file").write_text("second")
+            with whole_directory(tmp_path / "x") as first:
+                (first / "file").write_text("first")
+
+    def overtaken() -> None:
+        with whole_directory(tmp_path / "x") as second:
+            (second / "file").write_text("second")
+            (tmp_path / "x").mkdir(exist_ok=True)
+            (tmp_path / "x" / "file").write_text("first")
+
+    if there:  # Then the first to begin has it already.
+        (tmp_path / "x").mkdir()
+    with pytest.raises(UserError, match="exists already"):
+        overtaken() if there else write_two()
+    assert (tmp_path / "x" / "file").read_text() == "first"
+    assert [p.name for p in tmp_path.rglob("*")] == ["x", "file"]
+
+
+def test_an_empty_directory_is_filled_where_it_is(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    place = tmp_path.stat().st_ino
+    with pytest.raises(UserError, match="cannot be written"), whole_directory(Path(".")) as made:
+        (made / "nowhere" / "file").write_text("half")
+    assert list(tmp_path.iterdir()) == []
+    with whole_directory(Path(".")) as made:
+        (made / "folder").mkdir()
+        (made / "folder" / "file").write_text("whole")
+    assert (tmp_path / "folder" / "file").read_text() == "whole"
+    assert [p.name for p in tmp_path.iterdir()] == ["folder"]
+    assert tmp_path.stat().st_ino == place
+    with pytest.raises(UserError, match="exists already"), whole_directory(tmp_path / "folder" / ".."):
+        pass
+
+
+def test_the_file_that_transformers_takes_is_taken(tmp_path):
+    """Also with an adapter, another layout or an old index beside it."""
+    safetensors.numpy.save_file({"a": np.float32([1])}, tmp_path / "model.safetensors")
+    for other in ("adapter_model.safetensors", "consolidated.safetensors", "model-00001-of-00001.safetensors"):
+        safetensors.numpy.save_file({"a": np.float32([2])}, tmp_path / other)
+    (tmp_path / INDEX).write_text(json.dumps({"weight_map": {"a": "model-00001-of-00001.safetensors"}}))
+    assert open_directory(tmp_path)["a"].view() == 1
+    (tmp_path / "model.safetensors").unlink()
+    assert open_directory(tmp_path)["a"].view() == 2

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import ast
 import os
+import re
 import signal
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+
+from tpu.errors import UserError
+from train import entry
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -38,6 +43,8 @@ MISTAKES = [
     ("MINI --config.model.heads=3", "model.heads=3: does not divide model.embed_dim=256; valid: 1, 2, 4, 8, "),
     ("MINI --config.data.context=512", "data.context=512: longer than the learned positions; valid: 1 to "),
     ("MINI", "--workdir is missing"),
+    ("MINI --dry_run --json=configs", "json=configs: is a directory; give the name of a file"),
+    ("MINI --workdir=x --json=x.json", "json=x.json: only with --dry_run; a run's figures are in its metrics.jsonl"),
     ("MINI --wrkdir=x", "Unknown command line flag 'wrkdir'. Did you mean: workdir ?"),
     ("MINI runs/a", "'runs/a' is not a flag; flags begin with --"),
 ]
@@ -97,6 +104,7 @@ if __name__ == "__main__":
         ("raise UserError('two\\n  lines')", 2, "error: two lines\n"),
         ("raise KeyboardInterrupt", 130, "interrupted\n"),
         ("raise BrokenPipeError", 141, ""),
+        ("raise OSError(28, 'No space left on device', 'a.json')", 2, "error: a.json: No space left on device\n"),
     ],
 )
 def test_how_an_entry_point_ends(tmp_path, body, status, stderr):
@@ -106,6 +114,26 @@ def test_how_an_entry_point_ends(tmp_path, body, status, stderr):
     assert (done.returncode, done.stderr) == (status, stderr)
 
 
+@pytest.mark.parametrize(
+    ("error", "message"),
+    [
+        (MemoryError(), "out of memory: none was left; make the model, its batch or its context smaller, or "),
+        (
+            RuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 9 bytes.\nmore"),
+            "out of memory: Out of memory all",
+        ),
+        (OSError(28, "No space left on device"), "writing: No space left on device"),
+        (FileNotFoundError(2, "No such file or directory", "ours"), ""),
+        (RuntimeError("ours"), ""),
+        (RuntimeError(), ""),
+    ],
+)
+def test_what_the_machine_has_run_out_of_is_no_mistake_of_ours(error, message):
+    found = entry._exhausted(error)
+    assert found.startswith(message)
+    assert bool(found) == bool(message)
+
+
 def test_a_mistake_of_ours_keeps_its_traceback(tmp_path):
     (tmp_path / "mine.py").write_text(ENTRY.format("raise RuntimeError('ours')"))
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
@@ -113,6 +141,48 @@ def test_a_mistake_of_ours_keeps_its_traceback(tmp_path):
     assert done.returncode == 1
     assert "Traceback" in done.stderr
     assert done.stderr.endswith("RuntimeError: ours\n")
+
+
+def test_a_text_that_the_terminal_cannot_show_ends_nothing(tmp_path):
+    (tmp_path / "mine.py").write_text(
+        ENTRY.format("print('caf\u00e9 \udcff')"), encoding="utf-8", errors="backslashreplace"
+    )
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "PYTHONIOENCODING": "ascii"}
+    done = subprocess.run([sys.executable, tmp_path / "mine.py"], capture_output=True, text=True, env=environment)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "caf\\xe9 \\udcff\n", "")
+
+
+def test_a_path_may_begin_with_the_home(monkeypatch):
+    monkeypatch.setenv("HOME", "/somewhere")
+    assert [entry.PATH.parse(path) for path in ("~", "~/a", "b/~", "c")] == ["/somewhere", "/somewhere/a", "b/~", "c"]
+    monkeypatch.setattr(os.path, "expanduser", lambda path: path)  # without HOME and an entry in the passwords
+    with pytest.raises(ValueError, match="no home directory"):
+        entry.PATH.parse("~/a")
+
+
+def test_every_flag_that_is_a_path_is_read_as_one():
+    """Those of all commands whose help speaks of a file or a directory."""
+    found = set()
+    for path in ROOT.glob("[mst]*/**/*.py"):
+        for call in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(call, ast.Call) and getattr(call.func, "attr", "").startswith("DEFINE"):
+                texts = [node.value for node in ast.walk(call) if isinstance(node, ast.Constant)]
+                words = " ".join(text for text in texts if isinstance(text, str))
+                if re.search(r"\b(file|directory|workdir|lies now)\b", words) and "PATH" not in ast.unparse(call):
+                    found.add(texts[0])
+    assert found == {"config", "space", "shard_bytes"}  # an experiment's file, what it holds, the size of a file
+
+
+def test_a_file_that_cannot_be_written_is_named_before_the_work(tmp_path):
+    (tmp_path / "folder").mkdir()
+    for file, message in (
+        (tmp_path / "folder", "is a directory; give the name of a file"),
+        (tmp_path / "nowhere" / "x", "its directory does not exist"),
+    ):
+        with pytest.raises(UserError, match=f"json={file}: {message}"):
+            entry.need_writable(page=None, json=str(file))
+    entry.need_writable(json=str(tmp_path / "new"))
+    entry.need_writable(json="/dev/stdout")
 
 
 @pytest.mark.parametrize("arguments", ["--help", "--config=configs/gpt_mini.py --dry_run"])

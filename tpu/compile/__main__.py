@@ -10,8 +10,6 @@ The exit status is 0 where the program fits, 1 where it does not.
 from __future__ import annotations
 
 import dataclasses
-import json
-import pathlib
 from typing import TYPE_CHECKING
 
 from absl import flags
@@ -31,7 +29,7 @@ if __name__ == "__main__":
     flags.DEFINE_boolean("decode", False, "compile the generation of one token instead of the training step")
     flags.DEFINE_integer("rows", 8, "with --decode: rows generated at a time", lower_bound=1)
     flags.DEFINE_integer("context", None, "with --decode: slots of the cache; default: data.context", lower_bound=1)
-    flags.DEFINE_string("json", None, "also write the report to this file")
+    flags.DEFINE(entry.PATH, "json", None, "also write the report to this file")
 
 
 def main() -> int:
@@ -40,7 +38,7 @@ def main() -> int:
     experiment = entry.experiment_from_flags()
     topology = "gpu" if options.platform == "gpu" else options.topology
     entry.need(topology=topology)
-    entry.need_directory(json=options.json)
+    entry.need_writable(json=options.json)
     prepare(topology)
     slices = options.slices or experiment.mesh.slices
     if slices > 1 and topology.startswith(("gpu", "cpu")):
@@ -53,8 +51,7 @@ def main() -> int:
     from tpu.compile.report import print_report
 
     print_report(report)
-    if options.json:
-        pathlib.Path(options.json).write_text(json.dumps(dataclasses.asdict(report), indent=1))
+    entry.write_json(dataclasses.asdict(report))
     return 0 if report.fits else 1
 
 

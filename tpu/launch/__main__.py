@@ -45,7 +45,9 @@ if __name__ == "__main__":
     flags.DEFINE_boolean("reserved", False, "tpu-vm, queued-resource: out of your reservation")
     flags.DEFINE_string("flex_start", None, "queued-resource: flex-start, for at most so long, such as 4h")
     flags.DEFINE_string("valid_until", None, "queued-resource: give up waiting after so long, such as 6h")
-    flags.DEFINE_string("startup_script", None, "tpu-vm, queued-resource: file that each worker runs as root at boot")
+    flags.DEFINE(
+        entry.PATH, "startup_script", None, "tpu-vm, queued-resource: file that each worker runs as root at boot"
+    )
     flags.DEFINE_string("repository", None, "tpu-vm, queued-resource: clone this instead of copying this checkout")
     flags.DEFINE_boolean("delete", False, "tpu-vm, queued-resource: give the slice back at the end, and on Ctrl-C")
     flags.DEFINE_float("poll_seconds", 30, "tpu-vm, queued-resource: between two looks at the state", lower_bound=0.01)
@@ -210,7 +212,10 @@ def _slurm(command: Sequence[str]) -> int:
     if given.dry_run:
         print(f"cat > {file} <<'END_OF_SCRIPT'\n{text}END_OF_SCRIPT")
     else:
-        file.write_text(text)
+        try:
+            file.write_text(text, encoding="utf-8")
+        except OSError as error:
+            raise UserError(f"name={given.name}: {file} cannot be written ({error.strerror})") from error
     later = {"its output": ["tail", "-F", f"{given.name}-JOB.log"], "to end it": ["scancel", f"--name={given.name}"]}
     return _submit(["sbatch", str(file)], "sbatch", "start this on a login node of the cluster", later)
 

@@ -40,7 +40,7 @@ if __name__ == "__main__":
     flags.DEFINE_integer("slices", None, "slices, joined by a slow network; default: mesh.slices", lower_bound=1)
     flags.DEFINE_integer("verify", 3, "layouts to compile; 0: arithmetic alone", lower_bound=0)
     flags.DEFINE_integer("show", 10, "layouts to list", lower_bound=1)
-    flags.DEFINE_string("json", None, "also write the ranked layouts to this file")
+    flags.DEFINE(entry.PATH, "json", None, "also write the ranked layouts to this file")
 
 REMAT = ("none", "projections", "all_but_mlp", "attention", "full")
 SPARE = 0.92  # of the memory: what arithmetic may fill
@@ -223,7 +223,7 @@ def main() -> int:
     options = entry.FLAGS
     experiment = entry.experiment_from_flags()
     entry.need(topology=options.topology)
-    entry.need_directory(json=options.json)
+    entry.need_writable(json=options.json)
     topology = parse_topology(options.topology)
     if topology.chip is None:
         raise UserError(f"--topology={options.topology}: a plan is for TPUs, such as v5p:8x8x8")
@@ -256,8 +256,7 @@ def main() -> int:
         )
     rows = _ranked(fitting, topology, slices)
     _print(rows[: options.show], experiment)
-    if options.json:
-        pathlib.Path(options.json).write_text(json.dumps(rows[: max(options.show, options.verify)], indent=1))
+    entry.write_json(rows[: max(options.show, options.verify)])
     return 0
 
 

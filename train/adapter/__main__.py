@@ -26,11 +26,11 @@ VERBS = ("merge", "export", "import")
 
 if __name__ == "__main__":
     VERB = sys.argv.pop(1) if len(sys.argv) > 1 and not sys.argv[1].startswith("-") else ""
-    flags.DEFINE_string("checkpoint", None, "an adapter's checkpoint; with import: the base")
-    flags.DEFINE_string("base", None, "where the adapter's base lies now; default: where it was")
-    flags.DEFINE_string("workdir", None, "merge, import: directory of the new checkpoint")
-    flags.DEFINE_string("to", None, "export: directory to write")
-    flags.DEFINE_string("from", None, "import: directory that PEFT wrote")
+    flags.DEFINE(entry.PATH, "checkpoint", None, "an adapter's checkpoint; with import: the base")
+    flags.DEFINE(entry.PATH, "base", None, "where the adapter's base lies now; default: where it was")
+    flags.DEFINE(entry.PATH, "workdir", None, "merge, import: directory of the new checkpoint")
+    flags.DEFINE(entry.PATH, "to", None, "export: directory to write")
+    flags.DEFINE(entry.PATH, "from", None, "import: directory that PEFT wrote")
 
 
 def main() -> int:
@@ -108,19 +108,20 @@ def import_peft(source: pathlib.Path, path: pathlib.Path, workdir: pathlib.Path)
 
 
 def _write(path: pathlib.Path, weights: Any, meta: dict[str, Any], experiment: Experiment) -> None:
+    """Makes the workdir `path`, with these weights as step 0, as a whole or not at all."""
+    from model.safetensors import whole_directory
     from train.checkpoint.checkpoint import Checkpointer
     from train.workdir import Workdir, versions
 
-    if (path / "experiment.json").exists():
-        raise UserError(f"workdir={path}: holds a run already; give another --workdir")
-    workdir = Workdir(path)
-    checkpointer = Checkpointer(path / "checkpoints", RunConfig())
     meta = meta | {"experiment": to_dict(experiment), "versions": versions(), "data_position": 0}
-    checkpointer.save(0, {"weights": weights}, meta)
-    if not checkpointer.close():
-        raise UserError(f"workdir={path}: the checkpoint could not be written")
-    workdir.write_experiment(experiment)
-    workdir.close()
+    with whole_directory(path) as made:
+        checkpointer = Checkpointer(made / "checkpoints", RunConfig())
+        checkpointer.save(0, {"weights": weights}, meta)
+        if not checkpointer.close():
+            raise UserError(f"workdir={path}: the checkpoint could not be written")
+        workdir = Workdir(made)
+        workdir.write_experiment(experiment)
+        workdir.close()
     print(f"written to {path}")
 
 

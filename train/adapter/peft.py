@@ -21,6 +21,7 @@ from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
 from model.config import ModelConfig
+from model.safetensors import whole_directory
 from tpu.errors import UserError
 from train.adapter.weights import lora_scale, parts
 from train.config import AdapterConfig
@@ -45,13 +46,16 @@ GPT2 = {
 }
 # What of their configuration changes nothing of what is computed.
 IGNORED = {
-    "auto_mapping", "base_model_name_or_path", "inference_mode", "init_lora_weights", "peft_version", "revision",
+    "auto_mapping", "base_model_name_or_path", "inference_mode", "peft_version", "revision",
     "task_type", "exclude_modules", "layers_to_transform", "layers_pattern", "qalora_group_size", "megatron_config",
-    "megatron_core", "loftq_config", "eva_config", "corda_config", "runtime_config", "ensure_weight_tying",
-    "lora_ga_config", "velora_config", "monteclora_config",
+    "megatron_core", "eva_config", "runtime_config", "ensure_weight_tying",
+    "velora_config", "monteclora_config",
 }  # fmt: skip
 READ = {"peft_type", "target_modules", "r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora", "use_dora"}
-READ |= {"fan_in_fan_out", "bias", "lora_dropout"}
+READ |= {"fan_in_fan_out", "bias", "lora_dropout", "init_lora_weights"}
+# Beginnings that leave the base as it is; others (PiSSA, OLoRA, CorDA, LoftQ, LoRA-GA) take from it what they put into
+# the factors, and PEFT does so again whenever it loads such an adapter.
+PLAIN_BEGINNINGS = (None, True, False, "gaussian", "eva", "orthogonal")
 
 
 def names(config: ModelConfig) -> tuple[str, dict[str, tuple[str, ...]]]:
@@ -66,7 +70,7 @@ def names(config: ModelConfig) -> tuple[str, dict[str, tuple[str, ...]]]:
 
 
 def export(path: Path, adapter: AdapterConfig, config: ModelConfig, trained: Any, base: Any, base_path: str) -> None:
-    """Writes an adapter into the directory `path`.
+    """Writes an adapter as the directory `path`, which must not exist or be empty.
 
     Args:
       trained, base: nested dictionaries of arrays; of the base DoRA needs the lengths of the columns.
@@ -123,9 +127,9 @@ def export(path: Path, adapter: AdapterConfig, config: ModelConfig, trained: Any
         "fan_in_fan_out": modules is GPT2,
         "bias": "none",
     }
-    path.mkdir(parents=True, exist_ok=True)
-    save_file(tensors, path / TENSORS, metadata={"format": "pt"})
-    (path / CONFIG).write_text(json.dumps(description, indent=1))
+    with whole_directory(path) as made:
+        save_file(tensors, made / TENSORS, metadata={"format": "pt"})
+        (made / CONFIG).write_text(json.dumps(description, indent=1), encoding="utf-8")
 
 
 def load(path: Path, config: ModelConfig, base: Any) -> tuple[AdapterConfig, Any]:
@@ -225,7 +229,7 @@ def _number(value: float) -> float | int:
 def _description(path: Path) -> dict[str, Any]:
     file = path / CONFIG
     try:
-        found = json.loads(file.read_text())
+        found = json.loads(file.read_bytes())
         kind = found["peft_type"]
     except OSError as error:
         raise UserError(f"{file}: {error.strerror}; give a directory that PEFT wrote") from error
@@ -235,6 +239,11 @@ def _description(path: Path) -> dict[str, Any]:
         raise UserError(f"{file}: peft_type={kind!r}: not supported; valid: 'LORA'")
     if found.get("bias", "none") != "none":
         raise UserError(f"{file}: bias={found['bias']!r}: not supported; valid: 'none'")
+    if (beginning := found.get("init_lora_weights")) not in PLAIN_BEGINNINGS:
+        raise UserError(
+            f"{file}: init_lora_weights={beginning!r}: changes the weights of the base, so its factors mean nothing "
+            "without that; save the adapter from PEFT with path_initial_model_for_weight_conversion, or merged"
+        )
     for name in sorted(set(found) - IGNORED - READ):
         if found[name]:
             raise UserError(f"{file}: {name}={found[name]!r}: not supported")

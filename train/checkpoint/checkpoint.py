@@ -17,12 +17,12 @@ the manifest, once Orbax has made sure that all have written, and decides for al
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import logging
 import math
 import os
 import re
-import shutil
 from collections.abc import Collection
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -47,9 +47,10 @@ log = logging.getLogger(__name__)
 class Checkpointer:
     """Saves and restores the steps of one run in `directory`, keeping those that `run` asks for.
 
-    Opening it creates the directory and removes what interrupted saves left there, naming it in the log. One process,
-    or gang, at a time may have it open (see `train.workdir.Workdir`). The disk needs room for one step more than are
-    kept. All processes of a gang must call everything but `poll` at the same points.
+    Opening it creates the directory and removes what interrupted saves left there, naming it in the log; what others
+    wrote is left alone, and refused (UserError) where a step could come to lie there. One process, or gang, at a time
+    may have it open (see `train.workdir.Workdir`). The disk needs room for one step more than are kept. All processes
+    of a gang must call everything but `poll` at the same points.
     """
 
     def __init__(self, directory: Path, run: RunConfig) -> None:
@@ -68,6 +69,7 @@ class Checkpointer:
         self.directory.mkdir(parents=True, exist_ok=True)
         for name in manifest.remove_incomplete(self.directory):
             log.warning("removed the incomplete checkpoint %s", self.directory / name)
+        manifest.check_free(self.directory)
 
     def save(self, step: int, state: Any, meta: dict[str, Any], metrics: dict[str, float] | None = None) -> None:
         """Starts saving `state` as `step`, and returns as soon as `state` may be donated or changed.
@@ -94,6 +96,7 @@ class Checkpointer:
         metrics = {name: float(value) for name, value in (metrics or {}).items()}
         self._manager = self._manager or _open_manager(self.directory)
         try:
+            distributed.decide(lambda: manifest.begin(self.directory, step))
             self._manager.save(step, args=arguments, force=True)
         except Exception as error:  # of the file system, in whatever type Orbax raises it
             failed: Future[None] = Future()
@@ -140,7 +143,7 @@ class Checkpointer:
 
         `abstract_state` has the structure of the state that was saved; its leaves are arrays or jax.ShapeDtypeStruct,
         whose shardings are honoured. Every file is verified. A damaged step is named in the log with the file that is
-        wrong, the previous one is used, and the damaged one is moved aside to `<step>.damaged`.
+        wrong, the previous one is used, and the damaged one is moved aside to `<step>.damaged`, or `.damaged.2` and on.
 
         Raises UserError where steps exist and none is good, or where the leaves of the newest good one differ from
         `abstract_state` in path, shape or dtype.
@@ -158,8 +161,8 @@ class Checkpointer:
 
     def _move_aside(self, damaged: list[int]) -> None:
         for other in damaged:
-            aside = self.directory / f"{other}.damaged"
-            shutil.rmtree(aside, ignore_errors=True)
+            names = itertools.chain([f"{other}.damaged"], (f"{other}.damaged.{n}" for n in itertools.count(2)))
+            aside = next(path for name in names if not (path := self.directory / name).exists())
             (self.directory / str(other)).rename(aside)
             log.warning("moved the damaged checkpoint aside to %s", aside)
 
@@ -219,7 +222,7 @@ def find(path: str | Path, field: str = "weights") -> Path:
 def read_meta(step_dir: Path) -> dict[str, Any]:
     """What was given to `save` as `meta`. Raises UserError where it is damaged."""
     manifest.verify(step_dir, ("meta",))
-    return json.loads((step_dir / "meta" / "metadata").read_text())
+    return json.loads((step_dir / "meta" / "metadata").read_bytes())
 
 
 def imported(directory: Path) -> Path | None:

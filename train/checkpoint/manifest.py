@@ -1,11 +1,14 @@
 """The manifest that makes a directory a complete checkpoint: size and SHA-256 per file, shape and dtype per leaf.
 
-It is needed because Orbax restores a flipped bit without a word and casts dtypes silently. It is written last, so that
-a step directory without one is what an interrupted save left behind.
+It is needed because Orbax restores a flipped bit without a word and casts dtypes silently. It is written last. It also
+proves whose a directory is: what is deleted is what a manifest lists, or what lies where an empty file STEP.saving,
+made before the first byte of that step, says that a save began. Anything else in the directory is left as it is.
 """
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import hashlib
 import json
 import logging
@@ -18,8 +21,18 @@ from tpu.errors import UserError
 from train.workdir import write_json
 
 NAME = "manifest.json"
+SAVING = ".saving"  # STEP.saving lies beside a step from before its first byte until its manifest is written
+TEMPORARY = ".orbax-checkpoint-tmp"  # after a step's name until Orbax has written all of it
+REMOVING = NAME + ".removing"  # the manifest's name while the files that it lists are deleted
 
 log = logging.getLogger(__name__)
+
+
+def begin(directory: Path, step: int) -> None:
+    """Marks that `step` is about to be saved. Raises OSError where that cannot be, or where another's files are."""
+    if found := _remains(directory, step):
+        raise FileExistsError(errno.EEXIST, f"{found[0].name} is there already and was not written by this run")
+    (directory / f"{step}{SAVING}").touch()
 
 
 def write(step_dir: Path, step: int, leaves: dict[str, Any], metrics: dict[str, float]) -> None:
@@ -33,6 +46,7 @@ def write(step_dir: Path, step: int, leaves: dict[str, Any], metrics: dict[str, 
     }
     manifest = {"step": step, "metrics": metrics, "leaves": leaves, "files": files}
     write_json(step_dir / NAME, {**manifest, "digest": _digest(manifest)})
+    step_dir.with_name(f"{step_dir.name}{SAVING}").unlink(missing_ok=True)
 
 
 def read(step_dir: Path) -> dict[str, Any]:
@@ -58,6 +72,7 @@ def verify(step_dir: Path, fields: Collection[str] | None = None) -> None:
     """Compares the files of a step with its manifest. Raises UserError naming the first that is wrong.
 
     Names and sizes are compared for all files; contents for all, or for those under the directories `fields` only.
+    Files whose names begin with a dot are the system's (.DS_Store, ._name, .nfs0000): they are not looked at.
     """
     files = read(step_dir)["files"]
     for name in sorted(_files(step_dir) ^ files.keys()):
@@ -95,26 +110,78 @@ def newest_good(directory: Path, fields: Collection[str] | None = None) -> tuple
     return None, []
 
 
+def check_free(directory: Path) -> None:
+    """Raises UserError where a directory without a manifest stands in the way of steps that are still to be saved."""
+    newest = max(complete_steps(directory), default=-1)
+    for path in sorted(directory.iterdir()):
+        step = path.name.partition(TEMPORARY)[0]
+        if step.isdecimal() and int(step) > newest:
+            raise UserError(
+                f"{path}: has no {NAME}, so it is not known to be a step of this run, and a step could come to lie "
+                "there; move it elsewhere, or give another --workdir"
+            )
+
+
 def remove_incomplete(directory: Path) -> list[str]:
-    """Removes, and returns the names of, steps without a manifest and Orbax's temporary directories."""
-    names = [
-        path.name
-        for path in directory.iterdir()
-        if ".orbax-checkpoint-tmp" in path.name or (path.name.isdecimal() and not (path / NAME).exists())
-    ]
-    for name in names:
-        shutil.rmtree(directory / name, ignore_errors=True)
+    """Removes what saves that were begun and never completed left, ends deletions cut short, and returns the names."""
+    names = []
+    for marker in sorted(directory.glob(f"*{SAVING}")):
+        step = marker.name.removesuffix(SAVING)
+        if not step.isdecimal():
+            continue
+        if not (directory / step / NAME).exists():
+            for path in _remains(directory, int(step)):
+                shutil.rmtree(path, ignore_errors=True)
+                names.append(path.name)
+        marker.unlink()
+    for half in sorted(directory.glob(f"*/{REMOVING}")):
+        names.append(half.parent.name)
+        _remove_listed(half.parent)
     return names
 
 
 def remove(directory: Path, step: int) -> None:
-    """Deletes a step, its manifest first: a deletion cut short leaves an incomplete step, not a damaged one."""
-    (directory / str(step) / NAME).unlink(missing_ok=True)
-    shutil.rmtree(directory / str(step), ignore_errors=True)
+    """Deletes of a step the files that its manifest lists; a damaged one, and what else lies there, stays.
+
+    The manifest loses its name first: a deletion cut short leaves an incomplete step, not a damaged one.
+    """
+    step_dir = directory / str(step)
+    with contextlib.suppress(UserError):
+        read(step_dir)
+        (step_dir / NAME).rename(step_dir / REMOVING)
+        _remove_listed(step_dir)
+
+
+def _remove_listed(step_dir: Path) -> None:
+    for name in json.loads((step_dir / REMOVING).read_bytes())["files"]:
+        (step_dir / name).unlink(missing_ok=True)
+    for path in sorted(step_dir.rglob("*"), reverse=True):  # A directory comes after what is in it.
+        if path.is_dir():
+            _remove_empty(path)
+    (step_dir / REMOVING).unlink()
+    _remove_empty(step_dir)
+
+
+def _remove_empty(directory: Path) -> None:
+    """Removes a directory that holds nothing but files of the system's."""
+    if all(_hides(path.name) and path.is_file() for path in directory.iterdir()):
+        shutil.rmtree(directory, ignore_errors=True)
+
+
+def _remains(directory: Path, step: int) -> list[Path]:
+    """What lies where a step is saved, before it has a manifest."""
+    step_dir = directory / str(step)
+    here = [step_dir] if step_dir.exists() and not (step_dir / NAME).exists() else []
+    return [*here, *sorted(directory.glob(f"{step}{TEMPORARY}*"))]
 
 
 def _files(step_dir: Path) -> set[str]:
-    return {p.relative_to(step_dir).as_posix() for p in step_dir.rglob("*") if p.is_file()} - {NAME}
+    names = (path.relative_to(step_dir) for path in step_dir.rglob("*") if path.is_file())
+    return {name.as_posix() for name in names if not any(map(_hides, name.parts))} - {NAME}
+
+
+def _hides(name: str) -> bool:
+    return name.startswith(".")
 
 
 def _sha256(path: Path) -> str:

@@ -8,7 +8,6 @@ tokenizer along. The held-out documents are read again from the experiment's sou
 
 from __future__ import annotations
 
-import json
 import pathlib
 import time
 from typing import TYPE_CHECKING, Any
@@ -22,18 +21,20 @@ if TYPE_CHECKING:
     pass
 
 if __name__ == "__main__":
-    flags.DEFINE_string("checkpoint", None, "workdir of a run, or one of its step directories")
-    flags.DEFINE_string("base", None, "of an adapter's checkpoint: where its base lies now; default: where it was")
+    flags.DEFINE(entry.PATH, "checkpoint", None, "workdir of a run, or one of its step directories")
+    flags.DEFINE(entry.PATH, "base", None, "of an adapter's checkpoint: where its base lies now; default: where it was")
     flags.DEFINE_integer("batches", 0, "evaluate only so many batches; 0: all held-out documents", lower_bound=0)
     flags.DEFINE_boolean("ema", False, "evaluate the moving average of the weights")
-    flags.DEFINE_string("json", None, "also write the figures to this file")
-    flags.DEFINE_string("page", None, "of a model that sees: also write its answers to ten questions to this HTML file")
+    flags.DEFINE(entry.PATH, "json", None, "also write the figures to this file")
+    flags.DEFINE(
+        entry.PATH, "page", None, "of a model that sees: also write its answers to ten questions to this HTML file"
+    )
 
 
 def main() -> int:
     """Evaluates --checkpoint."""
     entry.need(checkpoint=entry.FLAGS.checkpoint)
-    entry.need_directory(page=entry.FLAGS.page, json=entry.FLAGS.json)
+    entry.need_writable(page=entry.FLAGS.page, json=entry.FLAGS.json)
     from train.restore import open_checkpoint
 
     field = "ema" if entry.FLAGS.ema else "weights"
@@ -64,7 +65,7 @@ def main() -> int:
             print("\n".join(sight_report.lines(report["answers"])))
             if entry.FLAGS.page:
                 page = sight_report.page(experiment.name, report["answers"], said, 10)
-                pathlib.Path(entry.FLAGS.page).write_text(page, encoding="utf-8")
+                entry.write_file("page", page)
                 print(f"ten of them, with their pictures: {entry.FLAGS.page}")
         if name == "contrastive":
             from train.evaluate import retrieval
@@ -73,8 +74,7 @@ def main() -> int:
             for source, of_source in report["retrieval"].items():
                 recalls = "  ".join(f"{key} {value:.1%}" for key, value in of_source.items() if key != "count")
                 print(f"{source}, {of_source['count']} pairs of different texts: {recalls}")
-        if entry.FLAGS.json:
-            pathlib.Path(entry.FLAGS.json).write_text(json.dumps(report, indent=1))
+        entry.write_json(report)
         return 0
     compressed = compressor_figures(held_out_documents(data))
     print(f"checkpoint {trained.step_dir}: {corpus.held_out_bytes:,} held-out bytes, {corpus.held_out_tokens:,} tokens")
@@ -87,9 +87,7 @@ def main() -> int:
     ):
         print(f"{name:32}{value:.4f}")
     print(f"({time.monotonic() - start:.1f} s)")
-    if entry.FLAGS.json:
-        report = {"eval": figures, "compressors": compressed, "held_out_bytes": corpus.held_out_bytes}
-        pathlib.Path(entry.FLAGS.json).write_text(json.dumps(report, indent=1))
+    entry.write_json({"eval": figures, "compressors": compressed, "held_out_bytes": corpus.held_out_bytes})
     return 0
 
 

@@ -11,7 +11,6 @@ have ended and goes on with those that were interrupted; several such commands m
 
 from __future__ import annotations
 
-import json
 import math
 import pathlib
 import runpy
@@ -36,7 +35,7 @@ DEFAULT_TRIALS = 20
 
 if __name__ == "__main__":
     entry.define_config()
-    flags.DEFINE_string("workdir", None, "directory of the sweep; the trials' workdirs lie in it")
+    flags.DEFINE(entry.PATH, "workdir", None, "directory of the sweep; the trials' workdirs lie in it")
     flags.DEFINE_string("space", None, "what varies: 'FIELD=VALUES; ...'; default: sweep() of the config file")
     flags.DEFINE_enum(
         "method", None, METHODS, "how points are chosen; default: grid, or random where a field has a continuous range"
@@ -49,12 +48,13 @@ if __name__ == "__main__":
     flags.DEFINE_integer("retries", 0, "times that a failed trial is tried again", lower_bound=0)
     flags.DEFINE_integer("sweep_index", None, "run only this point, counted from 0, of a grid or random sequence", 0)
     flags.DEFINE_boolean("dry_run", False, "list the trials and how far they are, and stop")
-    flags.DEFINE_string("json", None, "also write the table to this file")
+    flags.DEFINE(entry.PATH, "json", None, "also write the table to this file")
 
 
 def main() -> int:
     """Runs or lists the sweep of --config."""
     asked = entry.FLAGS
+    entry.need_writable(json=asked.json)
     sweep = _sweep_from_flags()
     if asked.dry_run:
         trials = _list(sweep)
@@ -66,7 +66,7 @@ def main() -> int:
     if asked.json:
         report = {"method": sweep.method, "objective": sweep.objective, "space": sweep_space.describe(sweep.space)}
         report["trials"] = sweep_report.rows(trials)
-        pathlib.Path(asked.json).write_text(json.dumps(report, indent=1))
+        entry.write_json(report)
     return int(not asked.dry_run and any(trial.record.state == "failed" for trial in trials))
 
 

@@ -294,6 +294,7 @@ def test_a_damaged_step_is_named_and_the_one_before_it_used(tmp_path, caplog, da
     assert f"{tmp_path / '30'} is damaged" in caplog.text
     assert words in caplog.text
     assert (tmp_path / "30.damaged").is_dir()
+    (tmp_path / "30.damaged" / "notes").write_text("precious")
     for content in (33, 34):  # the number can be used again, and again
         checkpointer.save(30, make_state(content), {"position": content})
         state, meta, step = checkpointer.restore(abstract(make_state(0)))
@@ -302,6 +303,8 @@ def test_a_damaged_step_is_named_and_the_one_before_it_used(tmp_path, caplog, da
         damage(tmp_path / "30")
         assert checkpointer.restore(abstract(make_state(0)))[2] == 20
     assert checkpointer.close()
+    assert {p.name for p in tmp_path.glob("30*")} == {"30.damaged", "30.damaged.2", "30.damaged.3"}
+    assert (tmp_path / "30.damaged" / "notes").read_text() == "precious"
 
 
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -335,9 +338,11 @@ def test_no_good_step_names_each(tmp_path):
 def test_debris_of_an_interrupted_save_is_removed_by_name(tmp_path, caplog):
     save_all(tmp_path, (10, 20))
     debris = tmp_path / "30.orbax-checkpoint-tmp"
-    shutil.copytree(tmp_path / "20", debris)
+    shutil.copytree(tmp_path / "20" / "weights", debris / "weights")
     shutil.copytree(tmp_path / "20", tmp_path / "40")
     (tmp_path / "40" / "manifest.json").rename(tmp_path / "40" / "manifest.json.tmp")
+    for step in (30, 40):
+        (tmp_path / f"{step}.saving").touch()
     assert latest_complete(tmp_path) == 20
     assert find(tmp_path) == tmp_path / "20"
     with pytest.raises(UserError, match="no complete checkpoint there"):
@@ -352,6 +357,71 @@ def test_debris_of_an_interrupted_save_is_removed_by_name(tmp_path, caplog):
     checkpointer.save(40, make_state(40), {})
     assert checkpointer.close()
     assert latest_complete(tmp_path) == 40
+
+
+def tree(directory: Path) -> dict[str, bytes]:
+    return {str(p.relative_to(directory)): p.read_bytes() for p in directory.rglob("*") if p.is_file()}
+
+
+@pytest.mark.parametrize("name", ["1000", "1000.orbax-checkpoint-tmp"])
+def test_what_another_program_wrote_is_refused_and_stays(tmp_path, name):
+    save_all(tmp_path, (10,))
+    for folder in (name, "5"):  # 5: no step of this run can come to lie there any more
+        (tmp_path / folder / "default").mkdir(parents=True)
+        (tmp_path / folder / "default" / "array").write_text("precious")
+    before = tree(tmp_path)
+    with pytest.raises(UserError, match=rf"{name}: has no manifest.json.*give another --workdir"):
+        Checkpointer(tmp_path, RunConfig())
+    assert tree(tmp_path) == before
+    shutil.move(tmp_path / name, tmp_path / "elsewhere")
+    save_all(tmp_path, (20,), keep_last=1)
+    assert latest_complete(tmp_path) == 20
+    assert (tmp_path / "5" / "default" / "array").read_text() == "precious"
+
+
+def test_a_save_never_writes_over_what_came_to_lie_there(tmp_path, caplog):
+    checkpointer = Checkpointer(tmp_path, RunConfig())
+    checkpointer.save(10, make_state(10), {})
+    assert checkpointer.wait()
+    (tmp_path / "20").mkdir()
+    (tmp_path / "20" / "array").write_text("precious")
+    before = tree(tmp_path)
+    checkpointer.save(20, make_state(20), {})
+    assert not checkpointer.close()
+    assert "checkpoint at step 20 could not be written: 20 is there already and was not written by" in caplog.text
+    assert tree(tmp_path) == before
+
+
+def test_only_what_a_manifest_lists_is_deleted(tmp_path):
+    save_all(tmp_path, (10, 20))
+    (tmp_path / "10" / "weights" / ".DS_Store").touch()
+    (tmp_path / "20" / "notes").write_text("precious")
+    foreign = tmp_path / "30"
+    foreign.mkdir()
+    (foreign / "manifest.json").write_text('{"name": "of a web page"}')
+    for step in (10, 20, 30):
+        manifest.remove(tmp_path, step)
+    assert tree(tmp_path) == {"20/notes": b"precious", "30/manifest.json": b'{"name": "of a web page"}'}
+    assert not (tmp_path / "10").exists()
+
+
+def test_a_deletion_cut_short_is_finished(tmp_path):
+    save_all(tmp_path, (10, 20))
+    (tmp_path / "10" / "manifest.json").rename(tmp_path / "10" / manifest.REMOVING)
+    array_file(tmp_path / "10").unlink()
+    assert latest_complete(tmp_path) == 20
+    assert manifest.remove_incomplete(tmp_path) == ["10"]
+    assert [p.name for p in tmp_path.iterdir()] == ["20"]
+
+
+@pytest.mark.parametrize("name", [".DS_Store", "weights/._d", "weights/d/.nfs000000000001"])
+def test_files_of_the_system_are_no_damage(tmp_path, name):
+    save_all(tmp_path, (10, 20))
+    (tmp_path / "20" / name).write_bytes(b"of the system")
+    assert find(tmp_path) == tmp_path / "20"
+    checkpointer = Checkpointer(tmp_path, RunConfig())
+    assert checkpointer.restore(abstract(make_state(0)))[2] == 20
+    assert checkpointer.close()
 
 
 MISMATCHES = {

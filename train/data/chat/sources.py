@@ -11,6 +11,7 @@ Legend: N records.
 
 from __future__ import annotations
 
+import codecs
 import glob
 import hashlib
 import json
@@ -28,7 +29,7 @@ from train.config import DataConfig
 from train.data.chat import llava
 from train.data.chat.record import Conversation
 from train.data.chat.tar_shards import TarShards
-from train.data.text.sources import decode, files_digest, json_object, source_digest, tfds_source
+from train.data.text.sources import check_encoding, decode, files_digest, json_object, source_digest, tfds_source
 
 SUFFIXES = (".json", ".jsonl", ".tar")
 
@@ -237,12 +238,15 @@ def _spans(path: str) -> Iterator[tuple[int, int, int]]:
 
 
 def _element_spans(path: str) -> Iterator[tuple[int, int, int]]:
-    text = Path(path).read_bytes().decode("latin-1")  # one character for each byte: positions are the file's
+    raw = Path(path).read_bytes()
+    check_encoding(raw, path)
+    text = raw.decode("latin-1")  # one character for each byte: positions are the file's
 
     def after_space(at: int) -> int:
         return re.compile(r"[ \t\r\n]*").match(text, at).end()
 
-    decoder, number, at = json.JSONDecoder(), 0, after_space(0)
+    mark = codecs.BOM_UTF8.decode("latin-1")
+    decoder, number, at = json.JSONDecoder(), 0, after_space(len(mark) if text.startswith(mark) else 0)
     if text[at : at + 1] != "[":
         raise UserError(f"{path}: not a JSON list of records; for one record a line name the file .jsonl")
     at = after_space(at + 1)

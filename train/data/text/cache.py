@@ -20,6 +20,7 @@ from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 
+from tpu import host
 from tpu.errors import UserError
 from train.config import DataConfig
 from train.data.text.sources import Document, documents, is_held_out, source_digest
@@ -50,7 +51,7 @@ def streams(source: str, data: DataConfig, tokenizer: Tokenizer) -> Streams:
 
 def _open(data: DataConfig, name: str) -> Streams:
     folder = cache_folder(data)
-    report = json.loads((folder / f"{name}.json").read_text())
+    report = json.loads((folder / f"{name}.json").read_bytes())
     sides = []
     for side in ("train", "held_out"):
         size = report[side]["tokens"]
@@ -113,7 +114,7 @@ def bpe_tokenizer(data: DataConfig) -> JsonTokenizer:
     settings = [contents, data.text_field, data.invalid_utf8, data.holdout, data.bpe_vocab_size, tokenizers.__version__]
     name = f"bpe-{digest(settings)}.json"
     try:
-        saved = json.loads((cache_folder(data) / name).read_text())
+        saved = json.loads((cache_folder(data) / name).read_bytes())
         if saved["digest"] == digest(saved["tokenizer"]):
             return from_dict(saved["tokenizer"])
     except (OSError, ValueError, KeyError, TypeError):  # not there, or damaged
@@ -141,8 +142,8 @@ def digest(settings: Any) -> str:
 
 
 def cache_folder(data: DataConfig) -> Path:
-    """data.cache_dir, else $FOURSIGHT_CACHE, else ~/.cache/foursight."""
-    return Path(data.cache_dir or os.environ.get("FOURSIGHT_CACHE") or "~/.cache/foursight").expanduser()
+    """data.cache_dir, else that of all commands (`tpu.host.cache_dir`). Raises UserError where there is neither."""
+    return Path(os.path.expanduser(data.cache_dir)) if data.cache_dir else host.cache_dir()
 
 
 @contextlib.contextmanager

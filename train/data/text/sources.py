@@ -8,6 +8,7 @@ tfds:NAME, tfds:NAME:SPLIT                   TensorFlow Datasets with random acc
 
 from __future__ import annotations
 
+import codecs
 import glob
 import hashlib
 import json
@@ -128,10 +129,13 @@ def _paths(pattern: str) -> list[str]:
 
 
 def decode(raw: bytes, data: DataConfig, counts: Counter[str], place: Callable[[int], str]) -> str:
-    """`raw` as text; `place` names the position of a byte for the message.
+    """`raw` as text, without a byte-order mark at its beginning; `place` names the position of a byte for the message.
 
-    Invalid UTF-8 is replaced and counted, or raises UserError, as `data.invalid_utf8` says.
+    Invalid UTF-8 is replaced and counted, or raises UserError, as `data.invalid_utf8` says. UTF-16 always raises it:
+    its bytes would mostly pass for UTF-8, with a NUL in every second place.
     """
+    check_encoding(raw, place(0))
+    raw = raw.removeprefix(codecs.BOM_UTF8)
     try:
         return raw.decode()
     except UnicodeDecodeError as error:
@@ -143,6 +147,14 @@ def decode(raw: bytes, data: DataConfig, counts: Counter[str], place: Callable[[
     text = raw.decode(errors="replace")
     counts["replaced_characters"] += text.count("\ufffd") - raw.count("\ufffd".encode())
     return text
+
+
+def check_encoding(raw: bytes, place: str) -> None:
+    """Raises UserError, beginning with `place`, for text that is UTF-16 or UTF-32, by its mark or by its NULs."""
+    marked = raw.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
+    if marked or 4 * raw.count(0) > len(raw):
+        how = "its byte-order mark says" if marked else "the NULs in it look like"
+        raise UserError(f"{place}: not UTF-8: {how} UTF-16; convert it, as by iconv -f UTF-16 -t UTF-8")
 
 
 def _text_pieces(path: str, key: str, data: DataConfig, counts: Counter[str]) -> Iterator[Document]:

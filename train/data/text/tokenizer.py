@@ -8,6 +8,7 @@ holds everything needed to build the tokenizer again and goes into checkpoints.
 from __future__ import annotations
 
 import base64
+import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -187,12 +188,15 @@ def from_file(path: str) -> Tokenizer:
     if not path.endswith((".json", ".model")):
         raise UserError(f"data.tokenizer={path!r}: valid: bytes, bpe, a path to a tokenizer.json or a .model")
     try:
-        content = Path(path).expanduser().read_bytes()
+        content = Path(os.path.expanduser(path)).read_bytes()
     except OSError as error:
         raise UserError(f"data.tokenizer={path!r}: cannot be read ({error.strerror})") from error
     if path.endswith(".model"):
         return SentencePieceTokenizer(content, path)
-    return JsonTokenizer(content.decode(errors="replace"), path)
+    try:
+        return JsonTokenizer(content.decode("utf-8-sig"), path)
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: not UTF-8 ({error.reason} at byte {error.start})") from error
 
 
 def from_dict(saved: dict[str, Any]) -> Tokenizer:

@@ -157,6 +157,17 @@ def test_bad_json_files_are_named(tmp_path, content, message):
         opened(tmp_path / "a.json")
 
 
+@pytest.mark.parametrize("name", ["a.json", "a.jsonl"])
+def test_a_byte_order_mark_is_passed_over_and_utf16_refused(tmp_path, name):
+    content = json.dumps(said("é"))
+    content = f"[{content}]" if name == "a.json" else content
+    (tmp_path / name).write_bytes(content.encode("utf-8-sig"))
+    assert opened(tmp_path / name)[0].turns[1].text == "é"
+    (tmp_path / name).write_bytes(content.encode("utf-16"))
+    with pytest.raises(UserError, match="not UTF-8: its byte-order mark says UTF-16"):
+        opened(tmp_path / name)[0]
+
+
 def test_a_file_removed_after_it_was_opened_is_named(tmp_path):
     source = opened(lines(tmp_path / "a.jsonl", said()))
     (tmp_path / "a.jsonl").unlink()

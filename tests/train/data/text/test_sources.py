@@ -114,6 +114,35 @@ def test_invalid_utf8_in_records(tmp_path):
     assert read(tmp_path / "a.parquet") == ["\ufffdd"]
 
 
+@pytest.mark.parametrize("name", ["a.txt", "a.jsonl"])
+@pytest.mark.parametrize("encoding", ["utf-16", "utf-16-be", "utf-32"])
+@pytest.mark.parametrize("invalid", ["replace", "refuse"])
+def test_utf16_is_refused_whatever_is_asked_of_invalid_utf8(tmp_path, name, encoding, invalid):
+    text = "plain words of a Windows editor\n" * 3000
+    text = text if name == "a.txt" else json.dumps({"text": text}) + "\n"
+    (tmp_path / name).write_bytes(text.encode(encoding))
+    data = DataConfig(invalid_utf8=invalid)
+    with pytest.raises(UserError, match=rf"{name}, line 1: not UTF-8: .*UTF-16; convert it"):
+        list(documents(str(tmp_path / name), data, Counter()))
+
+
+def test_utf16_in_records(tmp_path):
+    raw = "plain words".encode("utf-16")
+    pq.write_table(pa.table({"text": pa.array([b"good", raw], pa.binary())}), tmp_path / "a.parquet")
+    with pytest.raises(UserError, match=r"a.parquet, row 2: not UTF-8: its byte-order mark says UTF-16"):
+        list(documents(str(tmp_path / "a.parquet"), DataConfig(), Counter()))
+
+
+@pytest.mark.parametrize(("name", "content"), [("a.txt", "Привет"), ("a.jsonl", '{"text": "Привет"}\n{"text": "é"}\n')])
+def test_a_byte_order_mark_is_no_part_of_the_text(tmp_path, name, content):
+    found = []
+    for encoding in ("utf-8", "utf-8-sig"):
+        (tmp_path / name).write_bytes(content.encode(encoding))
+        found.append(list(documents(str(tmp_path / name), DataConfig(invalid_utf8="refuse"), Counter())))
+    assert found[0] == found[1]
+    assert found[0][0].text == "Привет"
+
+
 def test_empty_documents_are_counted(tmp_path):
     (tmp_path / "a.jsonl").write_text('{"text": ""}\n{"text": "x"}\n')
     counts = Counter()

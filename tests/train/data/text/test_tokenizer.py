@@ -150,6 +150,7 @@ def test_bad_tokenizer_files_are_named(tmp_path, sentencepiece_model):
     import sentencepiece
 
     (tmp_path / "broken.json").write_text('{"model": ')
+    (tmp_path / "latin.json").write_bytes(b'{"model": "\xe9"}')
     (tmp_path / "broken.model").write_bytes(sentencepiece_model[:100])
     without = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
@@ -158,6 +159,7 @@ def test_bad_tokenizer_files_are_named(tmp_path, sentencepiece_model):
     (tmp_path / "without.model").write_bytes(without.getvalue())
     for name, message in (
         (word_level(tmp_path / "plain.json", ["unknown", "a"]), r"plain\.json: no end-of-document token; needs one of"),
+        (tmp_path / "latin.json", r"latin\.json: not UTF-8 \(invalid continuation byte at byte 11\)"),
         (tmp_path / "broken.json", r"broken\.json: not a Hugging Face tokenizer"),
         (tmp_path / "broken.model", r"broken\.model: not a sentencepiece model"),
         (tmp_path / "without.model", r"without\.model: no end-of-document token"),
