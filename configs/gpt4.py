@@ -16,8 +16,7 @@ its own with cross-attention, as Flamingo has (arXiv:2204.14198), so that is wha
 weights, 64 latents per image, and cross-attention before every eighth layer. Its sizes are ours.
 """
 
-from model.config import ModelConfig
-from model.fields.vision import VisionConfig
+from model.config import ModelConfig, VisionConfig
 from tpu.errors import UserError
 from train.config import DataConfig, Experiment, LossConfig, MeshConfig, ObjectiveConfig, OptimizerConfig, RunConfig
 

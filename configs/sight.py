@@ -15,8 +15,7 @@ needed (made). `python docs/sight_table.py` trains and measures all of them; doc
 reached.
 """
 
-from model.config import ModelConfig
-from model.fields.vision import VisionConfig
+from model.config import ModelConfig, VisionConfig
 from tpu.errors import UserError
 from train.config import DataConfig, Experiment, ObjectiveConfig, OptimizerConfig, RunConfig
 

@@ -11,8 +11,7 @@ about pictures too; then, with the language model frozen, the image encoder and 
 all of it on captions, and on questions last. Pictures are made as they are needed (train.data.made.made).
 """
 
-from model.config import ModelConfig
-from model.fields.vision import VisionConfig
+from model.config import ModelConfig, VisionConfig
 from tpu.errors import UserError
 from train.config import DataConfig, Experiment, ObjectiveConfig, OptimizerConfig, RunConfig
 

@@ -7,8 +7,7 @@
 A record is an image and its class as the answer, as train.data.chat.sources reads them; the paper's batches and rates.
 """
 
-from model.config import ModelConfig
-from model.fields.vision import VisionConfig
+from model.config import ModelConfig, VisionConfig
 from tpu.errors import UserError
 from train.config import DataConfig, Experiment, MeshConfig, ObjectiveConfig, OptimizerConfig, RunConfig
 

@@ -21,6 +21,8 @@ from typing import Any
 
 from absl import app, flags
 
+from train.resolve import resolve
+
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 
 # Row: configuration, topology, overrides, and MaxText's GiB of temporaries, FLOPs, seconds, GiB of all collectives and
@@ -93,7 +95,7 @@ def experiment_of(row: str) -> Any:
     overrides = dict(ROWS[row][2])
     if path == "gpt3.py":
         overrides |= {"model.vocab_size": 50304, "data.bpe_vocab_size": 50304}
-    return overridden(module.get_config(argument).resolved(), overrides)
+    return overridden(resolve(module.get_config(argument)), overrides)
 
 
 def compiled(row: str) -> dict[str, Any]:

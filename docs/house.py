@@ -134,12 +134,13 @@ def lines_of_a_step(root: pathlib.Path) -> dict[str, tuple[int, int]]:
     from train import benchmark
 
     try:
-        from train.program import make_program
         from train.resolve import resolve
-    except ImportError:  # a checkout from before these files
-        from train.step import make_program
-
+    except ImportError:  # a checkout from before this file
         resolve = lambda experiment: experiment.resolved()  # noqa: E731
+    try:
+        from train.program import make_program
+    except ImportError:
+        from train.step import make_program
     figures: dict[str, tuple[int, int]] = {}
     seen: set[tuple[str, int]] = set()
     ours = tuple(f"{root / floor}{os.sep}" for floor in FLOORS)

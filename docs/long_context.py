@@ -21,6 +21,8 @@ import sys
 import tempfile
 from typing import TYPE_CHECKING, Any
 
+from train.resolve import resolve
+
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
@@ -55,12 +57,14 @@ def experiment(context: int, method: str, steps: int, learning_rate: float) -> E
         rope_factor=context / SHORT,
         rope_original_context=SHORT,
     )
-    found = Experiment(
-        model=model,
-        data=DataConfig(context=context, batch_size=BATCH_TOKENS // context, holdout=0.1),
-        optimizer=OptimizerConfig(learning_rate=learning_rate, schedule="constant", warmup_steps=20),
-        run=RunConfig(steps=steps),
-    ).resolved()
+    found = resolve(
+        Experiment(
+            model=model,
+            data=DataConfig(context=context, batch_size=BATCH_TOKENS // context, holdout=0.1),
+            optimizer=OptimizerConfig(learning_rate=learning_rate, schedule="constant", warmup_steps=20),
+            run=RunConfig(steps=steps),
+        )
+    )
     return dataclasses.replace(found, model=found.model.placed("cpu", "float32"))
 
 

@@ -13,6 +13,8 @@ import pathlib
 import sys
 from typing import Any
 
+from train.resolve import resolve
+
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
 
 # (embed, heads, head_dim, mlp, layers, vocabulary, activation); below: name, topology, slices, these, rows per chip,
@@ -62,7 +64,7 @@ def experiment_of(shape: tuple[Any, ...], rows: int, context: int, remat: str, m
         remat=remat,
     )
     data = DataConfig(bpe_vocab_size=vocab_size, batch_size=rows, context=context)
-    return Experiment(model=model, data=data, mesh=MeshConfig(**mesh)).resolved()
+    return resolve(Experiment(model=model, data=data, mesh=MeshConfig(**mesh)))
 
 
 def main() -> None:

@@ -9,7 +9,8 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
-from model.config import GATED, ModelConfig
+from model.config import ModelConfig
+from model.fields.shape import GATED
 from model.linear import Linear, together
 from tpu.rules import constrain
 

@@ -28,7 +28,8 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec
 
-from model.config import GATED, ModelConfig
+from model.config import ModelConfig
+from model.fields.shape import GATED
 from model.linear import GroupedLinear, batched_matmul, exact_matmul, grouped_matmul, initializer, parameter, zeros
 from model.mlp import MLP, nonlinearity
 from tpu import rules

@@ -41,6 +41,7 @@ from hypothesis import strategies as st
 
 from model.config import ModelConfig
 from train.config import DataConfig, Experiment, MeshConfig, OptimizerConfig, RunConfig
+from train.resolve import resolve
 
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_disable_most_optimizations", True)
@@ -167,6 +168,6 @@ def micro(corpus_file: Path) -> Callable[..., Experiment]:
 
     def changed(**branches: dict[str, Any]) -> Experiment:
         parts = {name: dataclasses.replace(getattr(experiment, name), **fields) for name, fields in branches.items()}
-        return dataclasses.replace(experiment, **parts).resolved()
+        return resolve(dataclasses.replace(experiment, **parts))
 
     return changed

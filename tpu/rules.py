@@ -58,7 +58,7 @@ def partition_spec(axes: tuple[str, ...], mesh: Any = None, shape: tuple[int, ..
 
     With a mesh and a shape, axes of size one and axes that are manual in an enclosing `shard_map` are left out, and of
     several axes for one dimension those, from the last, whose sizes do not divide it: key/value heads fewer than the
-    tensor axis are copied. What may not be copied is checked where the experiment is read (`train.config`).
+    tensor axis are copied. What may not be copied is checked where the experiment is read (`train.mesh_checks`).
     """
     taken: set[str] = set(getattr(mesh, "manual_axes", ()))
     dimensions = []

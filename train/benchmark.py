@@ -17,6 +17,7 @@ from absl import flags
 from tpu import host
 from train import entry
 from train.config import Experiment
+from train.resolve import on
 
 if TYPE_CHECKING:
     import numpy as np
@@ -44,7 +45,7 @@ def main() -> int:
     backend = host.start_backend(compilation_cache=False)
     import jax
 
-    experiment.model = experiment.model.placed(backend, host.fast_dtype(backend))
+    experiment = on(experiment, jax.device_count(), backend, host.fast_dtype(backend))
     figures = {
         "device": f"{jax.device_count()} x {jax.devices()[0].device_kind}",
         "jax": jax.__version__,

@@ -1,13 +1,12 @@
-"""The experiment: one tree of typed dataclasses."""
+"""The experiment: one tree of typed dataclasses. train/resolve.py derives the rest and checks the whole."""
 
 # No postponed annotations here: ml_collections reads the fields' types as they stand.
 import dataclasses
 import math
 
 from model.config import ModelConfig
+from model.fields.limits import choice, given, number
 from tpu.errors import UserError
-from train.checks import check, check_mesh
-from train.tree import check_types
 
 
 @dataclasses.dataclass
@@ -18,30 +17,40 @@ class DataConfig:
     weights: tuple[float, ...] = ()  # share of rows from each source; (): in proportion to their tokens
     text_field: str = "text"  # of .jsonl, .parquet and TensorFlow Datasets records
     tfds_dir: str = ""  # "": the data_dir of tensorflow-datasets
-    invalid_utf8: str = "replace"  # or "refuse"
-    holdout: float = 0.05  # share of documents kept for evaluation, chosen by hash
-    tokenizer: str = "bpe"  # bytes, bpe (trained on the sources), a tokenizer.json or a sentencepiece .model
-    bpe_vocab_size: int = 0  # 0: model.vocab_size
-    context: int = 256  # tokens per row
-    batch_size: int = 12  # rows per step, over all devices
-    prefetch: int = 4  # batches made ahead
+    invalid_utf8: str = choice("replace", "refuse")
+    holdout: float = number(0.05, at_least=0, below=1)  # share of documents kept for evaluation, chosen by hash
+    # bytes, bpe (trained on the sources), a tokenizer.json or a sentencepiece .model
+    tokenizer: str = given("bpe", from_base=True)
+    bpe_vocab_size: int = given(0, from_base=True)  # 0: model.vocab_size
+    context: int = number(256, at_least=1)  # tokens per row
+    batch_size: int = number(12, at_least=1)  # rows per step, over all devices
+    prefetch: int = number(4, at_least=1)  # batches made ahead
     contiguous: bool = False  # row b of a batch goes on where row b of the batch before ended (for model.memory)
     cache_dir: str = ""  # "": $FOURSIGHT_CACHE, else ~/.cache/foursight
     label_field: str = "label"  # of labelled records (train.data.text.labelled)
     pair_field: str = ""  # of labelled records: a second text, such as a question about the first; "": there is none
-    target_context: int = 0  # tokens of a sequence_to_sequence target; 0: data.context
-    images: int = 1  # images per row, at most (of a model that sees); train.data.chat.rows says what is read
-    image_fit: str = "squash"  # how images are made to fit: squash, pad, crop, tiles, native (train.data.images.look)
-    image_resample: str = "bicubic"  # the filter of their resizing, or bilinear; antialiased, as Pillow's
-    max_tiles: int = 4  # of tiles: most of one image, beside its overview
-    patches: int = 256  # of native: patches of all images of a row, at most
-    max_megapixels: float = 40.0  # of an image, 10^6 pixels: larger ones are bad records
-    frames: int = 0  # of an animated file, taken as images with times; 0: the first alone
+    target_context: int = number(0, at_least=0)  # tokens of a sequence_to_sequence target; 0: data.context
+    # images per row, at most (of a model that sees); train.data.chat.rows says what is read
+    images: int = number(1, at_least=1, from_base=True, free=True)
+    # how images are made to fit (train.data.images.look)
+    image_fit: str = choice("squash", "pad", "crop", "tiles", "native", from_base=True, free=True)
+    # the filter of their resizing; antialiased, as Pillow's
+    image_resample: str = choice("bicubic", "bilinear", from_base=True, free=True)
+    # only with tiles: most of one image, in addition to its overview
+    max_tiles: int = number(4, at_least=1, from_base=True, free=True)
+    # only with native: patches of all images of a row, at most
+    patches: int = number(256, at_least=1, from_base=True, free=True)
+    max_megapixels: float = number(40.0, above=0)  # of an image, 10^6 pixels: larger ones are bad records
+    # of an animated file, taken as images with times; 0: the first alone
+    frames: int = number(0, at_least=0, from_base=True, free=True)
     image_field: str = "image"  # of TensorFlow Datasets records
     caption_field: str = "caption"  # of TensorFlow Datasets and of the JSON of tar shards
-    user_format: str = "{}\n"  # what is given of a conversation, {} standing for the text
-    assistant_format: str = "{}"  # what is answered, after what stands before {}; the end of the document follows
-    max_bad_fraction: float = 0.01  # of the records read, that may be bad and left out; ten may where it is above 0
+    # what is given of a conversation, {} standing for the text
+    user_format: str = given("{}\n", from_base=True, free=True)
+    # what is answered, after what stands before {}; the end of the document follows
+    assistant_format: str = given("{}", from_base=True, free=True)
+    # of the records read, that may be bad and left out; ten may where it is above 0
+    max_bad_fraction: float = number(0.01, at_least=0, at_most=1)
 
 
 @dataclasses.dataclass
@@ -49,8 +58,8 @@ class ObjectiveConfig:
     """What is to be predicted."""
 
     name: str = "next_token"  # one of train.objectives.OBJECTIVES
-    corruption: float = 0.15  # of masked and span_corruption: the share of tokens to predict
-    span_length: float = 3.0  # of span_corruption: the mean length of what is cut out
+    corruption: float = number(0.15, above=0, below=1)  # of masked and span_corruption: the share of tokens to predict
+    span_length: float = number(3.0, at_least=1)  # of span_corruption: the mean length of what is cut out
     special_token: int = -1  # the mask, or the first sentinel, the others below it; -1: model.vocab_size - 1
 
     def spans(self, context: int) -> tuple[int, int]:
@@ -69,38 +78,44 @@ class ObjectiveConfig:
 class LossConfig:
     """Terms of the language-modelling loss."""
 
-    label_smoothing: float = 0.0
-    z_loss: float = 0.0  # weight of log(Z)^2 (PaLM, arXiv:2204.02311, section 5)
-    balance_loss: float = 0.0  # weight of the experts' load-balance loss (Switch: 0.01); see train.optimize.balance
-    router_z_loss: float = 0.0  # weight of the routers' z-loss (ST-MoE: 0.001)
-    chunk_tokens: int = 0  # tokens whose logits exist at one time; 0: as many as make 64 MiB of logits
+    label_smoothing: float = number(0.0, at_least=0, below=1)
+    z_loss: float = number(0.0, at_least=0)  # weight of log(Z)^2 (PaLM, arXiv:2204.02311, section 5)
+    # weight of the experts' load-balance loss (Switch: 0.01); see train.optimize.balance
+    balance_loss: float = number(0.0, at_least=0)
+    router_z_loss: float = number(0.0, at_least=0)  # weight of the routers' z-loss (ST-MoE: 0.001)
+    # tokens whose logits exist at one time; 0: as many as make 64 MiB of logits
+    chunk_tokens: int = number(0, at_least=0)
 
 
 @dataclasses.dataclass
 class OptimizerConfig:
     """The update rule and its schedule."""
 
-    name: str = "adamw"  # adamw, adafactor, lion, sgd, muon
-    learning_rate: float = 1e-3
-    schedule: str = "cosine"  # cosine, linear, wsd (warmup-stable-decay), constant
-    warmup_steps: int = 100
+    name: str = choice("adamw", "adafactor", "lion", "sgd", "muon")
+    learning_rate: float = number(1e-3, at_least=0)
+    schedule: str = choice("cosine", "linear", "wsd", "constant")  # wsd: warmup-stable-decay
+    warmup_steps: int = number(100, at_least=0)
     decay_steps: int = 0  # of wsd; 0: a fifth of run.steps
-    final_fraction: float = 0.1  # learning rate at the last step, as a share of the highest
-    beta1: float = 0.9  # adamw, lion, muon's adam; momentum of sgd and muon
-    beta2: float = 0.95
-    eps: float = 1e-8
-    weight_decay: float = 0.1
+    # learning rate at the last step, as a share of the highest
+    final_fraction: float = number(0.1, at_least=0, at_most=1)
+    beta1: float = number(0.9, at_least=0, below=1)  # adamw, lion, muon's adam; momentum of sgd and muon
+    beta2: float = number(0.95, at_least=0, below=1)
+    eps: float = number(1e-8, above=0)
+    weight_decay: float = number(0.1, at_least=0)
     # weights whose path holds one of these
     no_decay: tuple[str, ...] = ("norm", "bias", "embedding", "_token", "_gate", "latents", "probe", "logit_scale")
     frozen: tuple[str, ...] = ()  # weights whose path one of these patterns is found in stay bitwise as they are
-    clip_norm: float = 1.0  # 0: no clipping
-    accumulation: int = 1  # micro-batches per step
-    ema_decay: float = 0.0  # 0: no moving average of the weights
-    router_bias_rate: float = 1e-3  # with model.router_bias: how far a step moves each of its entries
+    clip_norm: float = number(1.0, at_least=0)  # 0: no clipping
+    accumulation: int = number(1, at_least=1)  # micro-batches per step
+    ema_decay: float = number(0.0, at_least=0, below=1)  # 0: no moving average of the weights
+    # with model.router_bias: how far a step moves each of its entries
+    router_bias_rate: float = number(1e-3, at_least=0)
     offload: bool = False  # keep the optimizer's state in the hosts' memory (TPU, GPU)
-    local_steps: int = 0  # steps that each copy of the weights along mesh.data takes by itself (DiLoCo); 0: synchronous
-    outer_learning_rate: float = 0.7  # with local_steps: of SGD with Nesterov's momentum, on the copies' mean change
-    outer_momentum: float = 0.9
+    # steps that each copy of the weights along mesh.data takes by itself (DiLoCo); 0: synchronous
+    local_steps: int = number(0, at_least=0)
+    # with local_steps: of SGD with Nesterov's momentum, on the copies' mean change
+    outer_learning_rate: float = number(0.7, above=0)
+    outer_momentum: float = number(0.9, at_least=0, below=1)
 
 
 @dataclasses.dataclass
@@ -115,9 +130,10 @@ class MeshConfig:
     sequence: int = 1  # tokens of a row (model.context_parallel)
     expert: int = 1  # experts; a dense model takes it as more fsdp
     stage: int = 1  # pipeline stages
-    slices: int = 1  # parts of the machine with only a slow network between them
-    slice_axis: str = "data"  # the axis that they lie along: data, fsdp or stage
-    zero: int = 3  # what lies in parts along fsdp. 1: optimizer state; 2: gradients too; 3: weights too
+    slices: int = number(1, at_least=1)  # parts of the machine with only a slow network between them
+    slice_axis: str = choice("data", "fsdp", "stage")  # the axis that they lie along
+    # what lies in parts along fsdp. 1: optimizer state; 2: gradients too; 3: weights too
+    zero: int = choice(1, 2, 3, default=3)
 
     def sizes(self) -> dict[str, int]:
         """Size of every axis, in the order in which people read them."""
@@ -139,19 +155,20 @@ class MeshConfig:
 class RunConfig:
     """How long, how often, what is kept."""
 
-    steps: int = 1000
-    seed: int = 0
+    steps: int = number(1000, at_least=1)
+    seed: int = number(0, at_least=0)
     start: tuple[str, ...] = ()  # checkpoints; weights are taken from the first that has the path in that shape
-    eval_every: int = 250  # 0: only at the end
-    eval_batches: int = 0  # 0: the whole held-out set
-    save_every: int = 250  # 0: only at the end
-    keep_last: int = 3
-    keep_every: int = 0  # keep every step that is a multiple; 0: none
+    eval_every: int = number(250, at_least=0)  # 0: only at the end
+    eval_batches: int = number(0, at_least=0)  # 0: the whole held-out set
+    save_every: int = number(250, at_least=0)  # 0: only at the end
+    keep_last: int = number(3, at_least=1)
+    keep_every: int = number(0, at_least=0)  # keep every step that is a multiple; 0: none
     keep_best: bool = False  # keep the step with the lowest held-out loss
-    log_every: int = 10
-    watchdog_seconds: int = 3600  # without a step end the process, which tells where it hangs; 0: never
-    max_bad_steps: int = 20  # non-finite steps in a row that stop the run
-    spike_factor: float = 1.5  # a loss this many times its running mean is logged as a spike
+    log_every: int = number(10, at_least=1)
+    # without a step end the process, which tells where it hangs; 0: never
+    watchdog_seconds: int = number(3600, at_least=0)
+    max_bad_steps: int = number(20, at_least=1)  # non-finite steps in a row that stop the run
+    spike_factor: float = number(1.5, above=1)  # a loss this many times its running mean is logged as a spike
     tensorboard: bool = True
 
 
@@ -159,14 +176,15 @@ class RunConfig:
 class AdapterConfig:
     """What is trained beside frozen weights, by `train.finetune` (see train.adapter.weights)."""
 
-    kind: str = "none"  # lora, dora, bottleneck, prefix, bias (BitFit); none: all weights are trained
+    # bias: BitFit; none: all weights are trained
+    kind: str = choice("none", "lora", "dora", "bottleneck", "prefix", "bias")
     targets: tuple[str, ...] = (r"attention\.(query|value)$",)  # of lora, dora: patterns, found in the matrices' paths
-    rank: int = 8  # of lora, dora
-    alpha: float = 16.0  # what is added is scaled by alpha / rank
+    rank: int = number(8, at_least=1)  # of lora, dora
+    alpha: float = number(16.0, above=0)  # what is added is scaled by alpha / rank
     rslora: bool = False  # by alpha / sqrt(rank) instead (arXiv:2312.03732)
-    dropout: float = 0.0  # of what lora and dora multiply
-    bottleneck_dim: int = 64  # of bottleneck
-    prefix_tokens: int = 16  # of prefix
+    dropout: float = number(0.0, at_least=0, below=1)  # of what lora and dora multiply
+    bottleneck_dim: int = number(64, at_least=1)  # of bottleneck
+    prefix_tokens: int = number(16, at_least=1)  # of prefix
 
 
 # kind of adapter: the field, of that name in AdapterConfig and ModelConfig, by which the model has its modules
@@ -186,33 +204,3 @@ class Experiment:
     mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)
     run: RunConfig = dataclasses.field(default_factory=RunConfig)
     adapter: AdapterConfig = dataclasses.field(default_factory=AdapterConfig)
-
-    def resolved(self) -> "Experiment":
-        """Returns a copy with derived fields filled in. Raises UserError naming the field that cannot be."""
-        check_types(self)
-        experiment = dataclasses.replace(
-            self,
-            model=self.model.resolved(),
-            **{
-                f: dataclasses.replace(getattr(self, f))
-                for f in ("data", "loss", "optimizer", "mesh", "run", "adapter")
-            },
-        )
-        experiment.objective = dataclasses.replace(self.objective)
-        if field := ADDED_FIELDS.get(experiment.adapter.kind):
-            setattr(experiment.model, field, getattr(experiment.adapter, field))
-        if not experiment.data.bpe_vocab_size:
-            reserved = experiment.objective.special_tokens(experiment.data.context)
-            experiment.data.bpe_vocab_size = experiment.model.vocab_size - reserved
-        if not experiment.optimizer.decay_steps:
-            experiment.optimizer.decay_steps = max(1, experiment.run.steps // 5)
-        check(experiment)
-        if -1 not in experiment.mesh.sizes().values():
-            check_mesh(experiment)
-        return experiment
-
-    def on(self, devices: int) -> "Experiment":
-        """Returns a copy whose mesh is decided for so many devices. Raises UserError where it does not fit them."""
-        experiment = dataclasses.replace(self, mesh=self.mesh.filled(devices))
-        check_mesh(experiment)
-        return experiment

@@ -24,6 +24,7 @@ from absl import app, flags
 
 from tpu.errors import UserError
 from train.config import Experiment
+from train.resolve import resolve
 from train.tree import type_name
 
 FLAGS = flags.FLAGS
@@ -76,7 +77,7 @@ def experiment_from_flags() -> Experiment:
         raise UserError(f"--config is missing; give one of {_known_configs()}, or a file of your own")
     if (kind := FLAGS.config.adapter.kind) != "none":
         raise UserError(f"adapter.kind={kind!r}: an adapter needs a base; use train.finetune --checkpoint=BASE")
-    return FLAGS.config.resolved()
+    return resolve(FLAGS.config)
 
 
 def need(**values: object) -> None:
@@ -220,7 +221,7 @@ def _illegal_value(message: str) -> str:
 def _reason(config: object) -> str:
     """Why a config file did not give an experiment."""
     try:
-        config.resolved()
+        config.model  # noqa: B018 (what ml_collections gives instead of a config raises here)
     except UserError as error:
         return str(error)
     except Exception as error:

@@ -16,9 +16,12 @@ from typing import TYPE_CHECKING
 
 from absl import flags
 
+from model.config import ModelConfig
+from model.fields.limits import marked
 from tpu.errors import UserError
 from train import entry
 from train.config import ADDED_FIELDS, DataConfig, Experiment
+from train.resolve import resolve
 
 if TYPE_CHECKING:
     from train.adapter.frozen import Base
@@ -29,12 +32,6 @@ if __name__ == "__main__":
     flags.DEFINE(entry.PATH, "workdir", None, "directory of the adapter's run; made, or resumed where it exists")
     flags.DEFINE_boolean("dry_run", False, "print the resolved experiment and its figures, and stop")
     flags.DEFINE(entry.PATH, "json", None, "with --dry_run: also write the figures to this file")
-
-# of DataConfig: the base decides
-TOKENIZER_FIELDS = ("tokenizer", "bpe_vocab_size")
-# of DataConfig: the base's, where the experiment has the default
-CONVERSATION_FIELDS = ("images", "image_fit", "image_resample", "max_tiles", "patches", "frames")
-CONVERSATION_FIELDS += ("user_format", "assistant_format")
 
 
 def main() -> int:
@@ -56,8 +53,6 @@ def on_base(experiment: Experiment, base: Base) -> Experiment:
     Of the model it may set what changes no weights' meaning, such as dropout, and of the form all. Raises UserError for
     what it sets otherwise, and where it has no adapter.
     """
-    from train.workdir import FREE_MODEL_FIELDS
-
     if experiment.adapter.kind == "none":
         raise UserError("adapter.kind='none': nothing to train; valid: lora, dora, bottleneck, prefix, bias")
     old = base.experiment
@@ -67,15 +62,18 @@ def on_base(experiment: Experiment, base: Base) -> Experiment:
             f"adapter.kind={experiment.adapter.kind!r}: the base has such adapters already "
             f"(model.{field}={getattr(old.model, field)}); take another kind"
         )
-    taken = _given(experiment.model, old.model, "model", FREE_MODEL_FIELDS)
-    free = [f.name for f in dataclasses.fields(DataConfig) if f.name not in TOKENIZER_FIELDS]
+    taken = _given(experiment.model, old.model, "model", marked(ModelConfig, "free"))
+    of_base = marked(DataConfig, "from_base")
+    free = [f.name for f in dataclasses.fields(DataConfig) if f.name not in of_base or f.metadata.get("free")]
     set_here = _given(experiment.data, old.data, "data", free)
-    kept = {f: getattr(old.data, f) for f in (*TOKENIZER_FIELDS, *CONVERSATION_FIELDS) if f not in set_here}
-    return dataclasses.replace(
-        experiment,
-        model=dataclasses.replace(old.model, **taken),
-        data=dataclasses.replace(experiment.data, **kept),
-    ).resolved()
+    kept = {f: getattr(old.data, f) for f in of_base if f not in set_here}
+    return resolve(
+        dataclasses.replace(
+            experiment,
+            model=dataclasses.replace(old.model, **taken),
+            data=dataclasses.replace(experiment.data, **kept),
+        )
+    )
 
 
 def _given(branch: object, base: object, name: str, free: object) -> dict[str, object]:

@@ -3,7 +3,6 @@ of how it ended."""
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import pathlib
 import sys
@@ -31,6 +30,7 @@ from train.data.text import tokenizer
 from train.data.text.tokenizer import Tokenizer
 from train.evaluate.held_out import held_out_figures
 from train.metrics import ConsoleProgress, MetricsWriter
+from train.resolve import on
 from train.signals import Stop
 from train.starting_weights import taken_over, tokenizer_of
 from train.state import TrainState
@@ -45,8 +45,8 @@ def pretrain(experiment: Experiment, workdir: Workdir, stop: Stop, base: Base | 
     workdir.check_experiment(experiment)
     backend = host.start_backend()
     data, settings = experiment.data, experiment.run
-    model = experiment.model.placed(backend, host.fast_dtype(backend))
-    placed = dataclasses.replace(experiment, model=model).on(len(jax.devices()))
+    placed = on(experiment, len(jax.devices()), backend, host.fast_dtype(backend))
+    model = placed.model
     mesh = make_mesh(placed.mesh)
     layout = batch_layout(placed, mesh)
     rows = distributed.rows_here(layout.tokens, abstract_batch(placed).tokens.shape)

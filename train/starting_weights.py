@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from model import kinds
-from model.fields.vision import VisionConfig
+from model.config import VisionConfig
 from model.vision.vit import resampled
 from model.weights import Weights
 from tpu import rules

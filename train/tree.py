@@ -1,4 +1,4 @@
-"""Trees of typed dataclasses: their types, their JSON form, what differs between two."""
+"""Trees of typed dataclasses: their types and limits, their JSON form, what differs between two."""
 
 from __future__ import annotations
 
@@ -8,13 +8,15 @@ import math
 import typing
 from typing import Any
 
+from model.fields.limits import check_field
 from tpu.errors import UserError
 
 _hints = functools.cache(typing.get_type_hints)  # A planner checks ten thousands of experiments.
 
 
 def check_types(tree: Any, prefix: str = "") -> None:
-    """Raises UserError for the first field of a dataclass tree whose value is not of its declared type."""
+    """Raises UserError for the first field of a dataclass tree whose value is not of its declared type, or not within
+    its limits (`model.fields.limits`)."""
     hints = _hints(type(tree))
     for field in dataclasses.fields(tree):
         value, hint, name = getattr(tree, field.name), hints[field.name], prefix + field.name
@@ -24,6 +26,8 @@ def check_types(tree: Any, prefix: str = "") -> None:
             check_types(value, name + ".")
         elif not _is_of(value, hint):
             raise UserError(f"{name}={value!r}: must be {type_name(hint)}")
+        else:
+            check_field(name, value, field.metadata)
 
 
 def _is_of(value: Any, hint: Any) -> bool:

@@ -13,6 +13,8 @@ import subprocess
 from pathlib import Path
 from typing import Any
 
+from model.config import ModelConfig
+from model.fields.limits import marked
 from tpu import distributed
 from tpu.errors import UserError
 from train.config import Experiment
@@ -20,20 +22,6 @@ from train.tree import differences, from_dict, to_dict
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
-
-# Fields of the model that change how it is computed or regularised, and neither its weights nor their meaning.
-FREE_MODEL_FIELDS = (
-    "compute_dtype",
-    "platform",
-    "attention",
-    "context_parallel",
-    "pipeline_microbatches",
-    "layer_loop",
-    "remat",
-    "embedding_dropout",
-    "attention_dropout",
-    "residual_dropout",
-)
 
 
 class Workdir:
@@ -119,11 +107,11 @@ def read_experiment(path: str | Path) -> Experiment:
 def check_same_model(old: Experiment, new: Experiment) -> list[str]:
     """The differences between two resolved experiments of one model, as `field: old value, new value`.
 
-    Raises UserError listing the fields of the model that differ, unless they are among FREE_MODEL_FIELDS: the weights
-    of one would not be weights of the other.
+    Raises UserError listing the fields of the model that differ and are not `free`: the weights of one would not be
+    weights of the other.
     """
     rows = differences(old, new)
-    allowed = tuple(f"model.{field}:" for field in FREE_MODEL_FIELDS)
+    allowed = tuple(f"model.{field}:" for field in marked(ModelConfig, "free"))
     refused = [row for row in rows if row.startswith("model.") and not row.startswith(allowed)]
     if refused:
         raise UserError(f"the workdir holds another model ({'; '.join(refused)}: there, here); use another --workdir")

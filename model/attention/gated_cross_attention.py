@@ -21,7 +21,6 @@ from model.mlp import MLP
 from model.norms import Norm
 from model.place import Place
 from model.residual import residual
-from model.vision.connector import source_width
 
 
 class GatedCrossAttention(nnx.Module):
@@ -33,7 +32,7 @@ class GatedCrossAttention(nnx.Module):
         self.attention = CrossAttention(
             config,
             rngs,
-            source_dim=source_width(config),
+            source_dim=config.source_width,
             window=1 if vision.sees == "last" else 0,
             qk_norm="rmsnorm" if vision.qk_norm else "",
         )

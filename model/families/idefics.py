@@ -12,14 +12,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from model.config import ModelConfig
+from model.config import ModelConfig, VisionConfig
 from model.families import causal, llama
 from model.families.mapping import Family, Peer
 from model.families.options import GATED_ACTIVATIONS, choice, filled, get, only, read_decoder, word, write_decoder
 from model.families.rope_options import read_rope, write_rope
 from model.families.towers import IDLE, images, read_clip, write_tower
 from model.families.vit import flag, named, pixels
-from model.fields.vision import VisionConfig
 from model.generate.decode import Sight
 from model.kinds import build
 from model.vision.images import Images

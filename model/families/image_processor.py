@@ -11,7 +11,8 @@ import re
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from model.fields.vision import NORMALIZATIONS, VisionConfig
+from model.config import VisionConfig
+from model.fields.image import NORMALIZATIONS
 from model.safetensors import read_json
 from tpu.errors import UserError
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
-from model.config import OF_FUSIONS, ModelConfig
+from model.config import ModelConfig
 from model.families import (
     bert,
     clip,
@@ -31,6 +31,7 @@ from model.families import (
 )
 from model.families.mapping import Family
 from model.families.options import kinds
+from model.fields.limits import marked
 from tpu.errors import UserError
 
 FAMILIES = tuple(m.FAMILY for m in (gpt2, llama, mistral, qwen2, qwen3, gemma2, gemma3, olmo2, mixtral, qwen3_moe))
@@ -38,23 +39,7 @@ FAMILIES += bert.FAMILIES + t5.FAMILIES + tuple(m.FAMILY for m in (clip, siglip,
 FAMILIES += (vit.FAMILY, resnet.FAMILY, *idefics.FAMILIES, qwen2_vl.FAMILY)
 
 # Fields that say how a model is computed, trained or started, and not what it is.
-FREE = (
-    "embedding_dropout",
-    "attention_dropout",
-    "residual_dropout",
-    "capacity_factor",
-    "init",
-    "init_std",
-    "weight_dtype",
-    "compute_dtype",
-    "platform",
-    "attention",
-    "context_parallel",
-    "layer_loop",
-    "remat",
-    "pipeline_repeats",
-    "pipeline_microbatches",
-)
+FREE = (*marked(ModelConfig, "free"), "capacity_factor", "init", "init_std", "weight_dtype", "pipeline_repeats")
 
 
 def family_of(config: Any) -> Family:
@@ -172,9 +157,9 @@ def _bare_vision(model: ModelConfig) -> dict[str, Any]:
         ("connector_layers", "connector_heads", "connector_head_dim"): connects and perceives,
         ("image_token",): fusion == "merge",
         ("offset",): fusion == "cross",
-        ("connection_dim",): fusion in ("co", "tangled"),
     }
-    with_effect |= {(name,): fusion in fusions for name, fusions in OF_FUSIONS.items()}
+    of_fusions = {f.name: f.metadata["of"]["model.fusion"] for f in dataclasses.fields(vision) if f.metadata.get("of")}
+    with_effect = {(name,): fusion in fusions for name, fusions in of_fusions.items()} | with_effect
     sees = vision.encoder != "none"
     effects = {name: sees and effect for names, effect in with_effect.items() for name in names}
     fields = [f.name for f in dataclasses.fields(vision) if f.name != "init"]

@@ -12,13 +12,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from model.config import ModelConfig
+from model.config import ModelConfig, VisionConfig
 from model.families import causal
 from model.families.causal import INPUTS, described, integers, moved, places, prompt_lengths
 from model.families.mapping import Peer
 from model.families.options import filled, get
 from model.families.vit import pixels
-from model.fields.vision import VisionConfig
 from model.generate.decode import Sight
 from model.kinds import build
 from model.vision.images import Images

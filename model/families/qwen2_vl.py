@@ -19,14 +19,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from model.config import ModelConfig
+from model.config import ModelConfig, VisionConfig
 from model.families import causal, llama, qwen2
 from model.families.mapping import Family, Peer
 from model.families.options import choice, filled, get, only, word
 from model.families.rope_options import read_parameters, write_parameters
 from model.families.towers import TOWER_ACTIVATIONS
 from model.families.vit import named
-from model.fields.vision import VisionConfig
 from model.generate.decode import Sight
 from model.kinds import build
 from model.vision.images import Images

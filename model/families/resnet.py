@@ -12,11 +12,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from model.config import ModelConfig
+from model.config import ModelConfig, VisionConfig
 from model.families.mapping import Family, Peer
 from model.families.options import choice, get, only, word
 from model.families.vit import labels, loss, named, pixels, read_labels, refuse_tokens, write_labels
-from model.fields.vision import VisionConfig
 from model.kinds import build
 from model.weights import Weights, bind
 

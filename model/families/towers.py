@@ -9,10 +9,9 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
-from model.config import ModelConfig
+from model.config import ModelConfig, VisionConfig
 from model.families.mapping import Peer
 from model.families.options import ACTIVATIONS, choice, filled, get, only, word
-from model.fields.vision import VisionConfig
 
 TOWER_ACTIVATIONS = ACTIVATIONS | {"quick_gelu": "quick_gelu"}
 CLIP = {  # what transformers takes for options that are missing

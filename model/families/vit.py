@@ -12,10 +12,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from model.config import ModelConfig
+from model.config import ModelConfig, VisionConfig
 from model.families.mapping import Family, Peer
 from model.families.options import ACTIVATIONS, choice, get, only, word
-from model.fields.vision import VisionConfig
 from model.kinds import build
 from model.weights import Weights, bind
 from tpu.errors import UserError

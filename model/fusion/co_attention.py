@@ -22,7 +22,6 @@ from model.mlp import MLP
 from model.norms import Norm
 from model.place import Place
 from model.residual import residual
-from model.vision.connector import source_width
 
 
 def connection_config(config: ModelConfig) -> ModelConfig:
@@ -57,7 +56,7 @@ class CoConnection(nnx.Module):
     """Both halves of one connection."""
 
     def __init__(self, config: ModelConfig, rngs: nnx.Rngs):
-        own, width = connection_config(config), source_width(config)
+        own, width = connection_config(config), config.source_width
         qk_norm = "rmsnorm" if config.vision.qk_norm else ""
         self.text = Side(config, config.embed_dim, config.mlp_dim, rngs)
         self.text_attention = CrossAttention(own, rngs, source_dim=width, qk_norm=qk_norm)

@@ -25,7 +25,6 @@ from model.positions.rope import Rope, rotations
 from model.positions.sinusoidal import sinusoidal
 from model.residual import residual
 from model.stack import Stack
-from model.vision.connector import encoder_width
 from model.vision.vision import Vision
 
 LARGEST_SCALE = 100.0
@@ -44,7 +43,7 @@ class Contrastive(nnx.Module):
         self.stack = Stack(config, rngs)
         self.final_norm = Norm(config, config.embed_dim, "norm", rngs)
         self.vision = Vision(config, rngs)
-        width, out = encoder_width(config), ((vision.projection_dim, "mlp"),)
+        width, out = config.vision.encoder_width, ((vision.projection_dim, "mlp"),)
         projects = not self.sigmoid or width != vision.projection_dim
         self.text_projection = Linear(config, ((config.embed_dim, "embed"),), out, self.sigmoid, rngs)
         self.image_projection = Linear(config, ((width, "embed"),), out, False, rngs) if projects else None

@@ -30,7 +30,6 @@ from model.linear import Linear
 from model.norms import Norm
 from model.place import Place
 from model.stack import Stack
-from model.vision.connector import source_width
 from model.vision.vit import tower_config
 
 
@@ -38,7 +37,7 @@ class Streams(nnx.Module):
     """The connections and the layers of the other streams."""
 
     def __init__(self, config: ModelConfig, rngs: nnx.Rngs):
-        self.parts, width = tuple(parts(config)), source_width(config)
+        self.parts, width = tuple(parts(config)), config.source_width
         self.tangled, self.actions = config.fusion == "tangled", config.vision.actions
         # A vector sees its own image and those before: causal, by the number of the image, which several vectors share;
         # the kernels of accelerators take positions to rise by one.

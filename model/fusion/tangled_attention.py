@@ -31,7 +31,6 @@ from model.fusion.co_attention import Side, connection_config
 from model.linear import Linear, together
 from model.norms import Norm
 from model.place import Place, visible
-from model.vision.connector import source_width
 
 
 class Streams(NamedTuple):
@@ -76,7 +75,7 @@ class TangledConnection(nnx.Module):
     """One tangled block of the three streams."""
 
     def __init__(self, config: ModelConfig, rngs: nnx.Rngs):
-        own, width, mlp_dim = connection_config(config), source_width(config), config.vision.mlp_dim
+        own, width, mlp_dim = connection_config(config), config.source_width, config.vision.mlp_dim
         self.stacked = config.vision.tangled == "paper"
         self.text = Side(config, config.embed_dim, config.mlp_dim, rngs)
         self.regions = Side(config, width, mlp_dim, rngs)

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 from tpu.errors import UserError
+from train.resolve import resolve
 
 if TYPE_CHECKING:
     import numpy as np
@@ -105,12 +106,14 @@ def import_model(source: pathlib.Path, workdir: pathlib.Path, dtype: str) -> Non
     if opened.family.image_processor:
         images = image_processor.of_directory(source, opened.family.image_processor, opened.model.vision)
         data = dataclasses.replace(data, image_fit=images.fit, image_resample=images.resample)
-    experiment = Experiment(
-        name=source.resolve().name,
-        model=dataclasses.replace(opened.model, weight_dtype=dtype),
-        data=data,
-        objective=ObjectiveConfig(name=opened.family.objective),
-    ).resolved()
+    experiment = resolve(
+        Experiment(
+            name=source.resolve().name,
+            model=dataclasses.replace(opened.model, weight_dtype=dtype),
+            data=data,
+            objective=ObjectiveConfig(name=opened.family.objective),
+        )
+    )
     numpy_dtype = np.dtype("float32") if dtype == "float32" else DTYPES["BF16"]
     sizes = shapes(experiment.model.placed("cpu", "float32"))
     specs = {f"weights.{path}": Spec(numpy_dtype, shape) for path, shape in sizes.items()}
@@ -154,7 +157,7 @@ def _as_config_file(experiment: Any, source: pathlib.Path) -> str:
     branches = sorted(type(branch).__name__ for branch in vars(experiment).values() if dataclasses.is_dataclass(branch))
     return (
         f'"""What was imported from {source.resolve().name}: give it to train.pretrain as --config."""\n\n'
-        "from model.fields.vision import VisionConfig\n"
+        "from model.config import VisionConfig\n"
         f"from train.config import Experiment, {', '.join(branches)}\n\n\n"
         "def get_config() -> Experiment:\n"
         '    """The experiment of the imported model; override data, optimizer and run by flags."""\n'

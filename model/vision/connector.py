@@ -27,23 +27,11 @@ from model.norms import Norm
 from model.place import Place
 
 
-def encoder_width(config: ModelConfig) -> int:
-    """The width C of the image encoder's vectors."""
-    vision = config.vision
-    return vision.embed_dim if vision.encoder == "vit" else vision.widths[-1]
-
-
-def source_width(config: ModelConfig) -> int:
-    """The width of the vectors that leave the connector."""
-    keeps = config.vision.connector == "none" or (config.vision.connector == "perceiver" and config.fusion != "merge")
-    return encoder_width(config) if keeps else config.embed_dim
-
-
 class Connector(nnx.Module):
     """What config.vision.connector says."""
 
     def __init__(self, config: ModelConfig, rngs: nnx.Rngs):
-        vision, width = config.vision, encoder_width(config)
+        vision, width = config.vision, config.vision.encoder_width
         self.kind, self.factor = vision.connector, vision.shrink
         self.activation = ACTIVATIONS[vision.connector_activation]
         own = dataclasses.replace(config, norm_eps=vision.connector_eps)
@@ -56,7 +44,7 @@ class Connector(nnx.Module):
         bias, text = vision.connector_bias, (config.embed_dim, "embed")
         self.up = Linear(config, ((inputs, "embed"),), (inner,), bias, rngs) if two else None
         last = inner if two else (inputs, "mlp")
-        projects = source_width(config) != width or self.kind not in ("none", "perceiver")
+        projects = config.source_width != width or self.kind not in ("none", "perceiver")
         projects = projects or (self.kind == "perceiver" and config.fusion == "merge")
         self.out = Linear(config, (last,), (text,), bias, rngs) if projects else None
 
@@ -97,7 +85,7 @@ class Perceiver(nnx.Module):
     (Flamingo, arXiv:2204.14198, section 3.1.1 and appendix A.1.1). No biases but those of the norms."""
 
     def __init__(self, config: ModelConfig, rngs: nnx.Rngs):
-        vision, width = config.vision, encoder_width(config)
+        vision, width = config.vision, config.vision.encoder_width
         heads, head_dim = vision.connector_heads, vision.connector_head_dim
         self.layers = vision.connector_layers
         own = dataclasses.replace(

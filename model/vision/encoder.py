@@ -14,7 +14,6 @@ from model.linear import parameter
 from model.mlp import MLP
 from model.norms import Norm
 from model.place import Place
-from model.vision.connector import encoder_width
 from model.vision.convolution import CNN
 from model.vision.images import normalized
 from model.vision.resnet import ResNet
@@ -37,7 +36,7 @@ class Encoder(nnx.Module):
         # The vectors of convolutions do not say where they are; a mean has no use for it.
         placed = self.vit is None and vision.positions == "learned" and vision.pool != "mean"
         self.grid, rows = (vision.grid, vision.columns), vision.grid * vision.columns
-        self.position_embedding = position_table(rngs, rows, config, encoder_width(config)) if placed else None
+        self.position_embedding = position_table(rngs, rows, config, config.vision.encoder_width) if placed else None
 
     def __call__(self, x: jax.Array) -> tuple[jax.Array, tuple[int, int]]:
         """Images x [R, H, W, channels] -> (vectors [R, P, C], a class token's first; vectors along both sides)."""
@@ -63,7 +62,7 @@ class MapPool(nnx.Module):
     multihead attention pooling, arXiv:1810.00825)."""
 
     def __init__(self, config: ModelConfig, rngs: nnx.Rngs):
-        tower = dataclasses.replace(tower_config(config), embed_dim=encoder_width(config))
+        tower = dataclasses.replace(tower_config(config), embed_dim=config.vision.encoder_width)
 
         def draw(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
             return jax.random.normal(key, shape) / shape[-1] ** 0.5

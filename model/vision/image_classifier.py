@@ -7,7 +7,6 @@ from flax import nnx
 
 from model.config import ModelConfig
 from model.linear import Linear
-from model.vision.connector import encoder_width
 from model.vision.vision import Vision
 
 
@@ -16,7 +15,7 @@ class ImageClassifier(nnx.Module):
 
     def __init__(self, config: ModelConfig, rngs: nnx.Rngs):
         self.vision = Vision(config, rngs)
-        inputs, labels = ((encoder_width(config), "embed"),), ((config.labels, "vocab"),)
+        inputs, labels = ((config.vision.encoder_width, "embed"),), ((config.labels, "vocab"),)
         self.head = Linear(config, inputs, labels, True, rngs)
 
     def __call__(self, x: jax.Array) -> jax.Array:

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from model.attention.cross_attention import Source
-from model.fields.vision import NORMALIZATIONS
+from model.fields.image import NORMALIZATIONS
 from model.place import Place, visible
 
 

@@ -14,7 +14,7 @@ from model.attention.cross_attention import Source
 from model.config import ModelConfig
 from model.linear import parameter
 from model.place import Place
-from model.vision.connector import Connector, source_width
+from model.vision.connector import Connector
 from model.vision.encoder import Encoder, MapPool
 from model.vision.images import Images, normalized
 from tpu.errors import UserError
@@ -29,7 +29,7 @@ class Vision(nnx.Module):
         self.pool, self.class_token, self.keep_class = vision.pool, vision.class_token, vision.keep_class
         self.map_pool = MapPool(config, rngs) if vision.pool == "map" else None
         self.connector = Connector(config, rngs) if vision.pool == "none" else None
-        rows, width = vision.image_positions, source_width(config)
+        rows, width = vision.image_positions, config.source_width
 
         def draw(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
             return config.init_std * jax.random.normal(key, shape)

@@ -18,6 +18,7 @@ from model.kinds import build
 from tpu.errors import UserError
 from train.budget.summary import summarize
 from train.config import Experiment
+from train.resolve import resolve
 from train.step import frozen_mask
 from train.tree import differences, from_dict, to_dict
 
@@ -36,7 +37,7 @@ ALL = [(name, size) for name in NAMES for size in (None, *getattr(load(name), "S
 
 
 def experiment(name: str, size: str | None) -> Experiment:
-    return load(name).get_config(*[size] if size else []).resolved()
+    return resolve(load(name).get_config(*[size] if size else []))
 
 
 @pytest.mark.parametrize(("name", "size"), ALL)
@@ -44,7 +45,7 @@ def test_it_resolves_and_is_equal_after_json(name, size):
     found = experiment(name, size)
     again = from_dict(Experiment, json.loads(json.dumps(to_dict(found))))
     assert differences(found, again) == []
-    assert again == found == found.resolved()
+    assert again == found == resolve(found)
     assert found.name == (
         f"{name}_{size or next(iter(inspect.signature(load(name).get_config).parameters.values())).default}"
         if getattr(load(name), "SIZES", None)

@@ -14,6 +14,7 @@ from jax.experimental.compilation_cache import compilation_cache
 from model.config import ModelConfig
 from train.config import DataConfig, Experiment
 from train.data.batch import Batch
+from train.resolve import resolve
 from train.step import make_program
 
 
@@ -33,10 +34,12 @@ def test_48_layers_compile_about_as_fast_as_6(one_device, as_users_compile):
     """The whole training step, in processor time."""
 
     def seconds(layers: int) -> float:
-        experiment = Experiment(
-            model=ModelConfig(vocab_size=300, layers=layers, embed_dim=32, heads=2, layer_loop="scan"),
-            data=DataConfig(tokenizer="bytes", context=64, batch_size=2),
-        ).resolved()
+        experiment = resolve(
+            Experiment(
+                model=ModelConfig(vocab_size=300, layers=layers, embed_dim=32, heads=2, layer_loop="scan"),
+                data=DataConfig(tokenizer="bytes", context=64, batch_size=2),
+            )
+        )
         experiment.model = experiment.model.placed("cpu", "float32")
         dtypes = (np.int32, np.int32, np.float32, np.int32, np.int32)
         batch = Batch(*(jax.ShapeDtypeStruct((2, 64), dtype) for dtype in dtypes))

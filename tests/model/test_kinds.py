@@ -298,10 +298,11 @@ import dataclasses, json
 from model.config import ModelConfig
 from tpu.compile.pod import compile_step, prepare
 from train.config import DataConfig, Experiment, MeshConfig
+from train.resolve import resolve
 prepare("v5e:2x2")
 model = ModelConfig(vocab_size=512, layers=2, embed_dim=256, heads=4, pattern=("sparse",), remat="full")
 data = DataConfig(tokenizer="bytes", bpe_vocab_size=512, context={context}, batch_size={rows})
-report = compile_step(Experiment(model=model, data=data, mesh=MeshConfig(fsdp=4)).resolved(), "v5e:2x2")
+report = compile_step(resolve(Experiment(model=model, data=data, mesh=MeshConfig(fsdp=4))), "v5e:2x2")
 print(json.dumps(dataclasses.asdict(report)))
 """
         done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

@@ -217,7 +217,7 @@ def test_which_layers_are_mixtures():
     [
         ({"experts": 4, "experts_per_token": 5}, "model.experts_per_token=5: valid: 1 to model.experts=4"),
         ({"experts": 4, "experts_per_token": 0}, "model.experts_per_token=0: valid: 1 to model.experts=4"),
-        ({"experts": -1}, "model.experts=-1: must not be negative"),
+        ({"experts": -1}, "model.experts=-1: must be at least 0"),
         ({"experts": 4, "moe_every": 0}, "model.moe_every=0: must be at least 1"),
         ({"experts": 4, "layers": 3, "moe_every": 2}, "model.layers=3: not a multiple of the 2 layers"),
         ({"experts": 4, "mlp_bias": True}, "model.mlp_bias=True: experts have none"),

@@ -20,6 +20,7 @@ from model.weights import bind
 from tpu.errors import UserError
 from train.budget.summary import parameter_counts, summarize
 from train.config import DataConfig, Experiment, MeshConfig
+from train.resolve import resolve
 
 LAYERS, ROWS, TOKENS = 4, 2, 7
 OWN = ModelConfig(vocab_size=13, layers=LAYERS, embed_dim=12, heads=2, activation="swiglu", qk_norm=True)
@@ -127,7 +128,7 @@ def test_the_count_of_weights_falls_and_that_of_operations_does_not(share, size)
     def figures(**fields: Any) -> dict[str, Any]:
         model = dataclasses.replace(OWN, **fields)
         data = DataConfig(tokenizer="bytes", bpe_vocab_size=13, context=TOKENS)
-        return summarize(Experiment(model=model, data=data).resolved())
+        return summarize(resolve(Experiment(model=model, data=data)))
 
     own, less = figures(), figures(share_layers=share, share_size=size)
     layer = parameter_counts(kinds.build(placed())[1]["stack"])["total"] // LAYERS
@@ -149,7 +150,7 @@ def test_the_count_of_weights_falls_and_that_of_operations_does_not(share, size)
         ({"share_layers": "alternate"}, "model.share_size=0: .* must divide the 4"),
         ({"share_layers": "all", "share_size": 2}, "model.share_size=2: has no effect with model.share_layers='all'"),
         ({"share_rank": 2}, "model.share_rank=2: needs shared layers"),
-        ({"share_layers": "all", "share_rank": -1}, "model.share_rank=-1: must not be negative"),
+        ({"share_layers": "all", "share_rank": -1}, "model.share_rank=-1: must be at least 0"),
         ({"share_layers": "all", "pipeline_repeats": 2}, "model.pipeline_repeats=2: .*give 1"),
     ],
 )
@@ -161,4 +162,4 @@ def test_what_cannot_be_is_refused(fields, message):
 def test_a_pipeline_is_refused():
     model = dataclasses.replace(OWN, share_layers="all", vocab_size=300)
     with pytest.raises(UserError, match=r"mesh.stage=2: .*model.share_layers='all'; give mesh.stage=1"):
-        Experiment(model=model, mesh=MeshConfig(stage=2), data=DataConfig(bpe_vocab_size=300)).resolved()
+        resolve(Experiment(model=model, mesh=MeshConfig(stage=2), data=DataConfig(bpe_vocab_size=300)))

@@ -17,8 +17,9 @@ from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 
 from model import kinds
-from model.config import GATED, ModelConfig
+from model.config import ModelConfig
 from model.dropout import row_keys
+from model.fields.shape import GATED
 from model.place import Place
 from model.weights import bind
 

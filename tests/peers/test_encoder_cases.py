@@ -30,6 +30,7 @@ from tests.peers.archives import unpacked
 from tests.peers.test_cases import error, one_of_each
 from train.config import DataConfig, Experiment, ObjectiveConfig
 from train.data.batch import Batch
+from train.resolve import resolve
 from train.step import loss_sums
 
 CASES = sorted(path.parent for path in unpacked(Path(__file__).parent / "cases").glob("*/case.npz"))
@@ -49,11 +50,15 @@ class Case:
         objective = problems.get(self.opened.options.get("problem_type"), self.opened.family.objective)
         loop = "unroll" if path.name.endswith("0") else "scan"
         model = dataclasses.replace(self.opened.model, layer_loop=loop, compute_dtype="float32")
-        self.experiment = Experiment(
-            model=dataclasses.replace(model, token_types=max(2, model.token_types)) if model.next_sentence else model,
-            objective=ObjectiveConfig(name=objective),
-            data=DataConfig(tokenizer="bytes", bpe_vocab_size=1, context=8, batch_size=3),
-        ).resolved()
+        self.experiment = resolve(
+            Experiment(
+                model=dataclasses.replace(model, token_types=max(2, model.token_types))
+                if model.next_sentence
+                else model,
+                objective=ObjectiveConfig(name=objective),
+                data=DataConfig(tokenizer="bytes", bpe_vocab_size=1, context=8, batch_size=3),
+            )
+        )
         self.model = self.experiment.model = model.placed("cpu", "float32")
         self.graphdef, _, self.axes = kinds.build(self.model)
         self.weights = load(self.opened.weights, self.model, mesh)

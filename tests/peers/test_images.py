@@ -8,10 +8,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from model.config import ModelConfig
+from model.config import ModelConfig, VisionConfig
 from model.families.image_processor import of_directory
 from model.families.known import named
-from model.fields.vision import VisionConfig
 from model.vision.images import normalized
 from train.config import DataConfig
 from train.data.chat.record import IMAGE, Conversation, Turn

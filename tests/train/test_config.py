@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import math
 
@@ -11,6 +10,7 @@ import pytest
 from model.config import ModelConfig
 from tpu.errors import UserError
 from train.config import Experiment, MeshConfig
+from train.resolve import on, resolve
 from train.tree import check_types, differences, from_dict, to_dict
 
 
@@ -40,8 +40,8 @@ MISTAKES = [
     ({"model__remat": "some"}, r"model\.remat='some': valid: none, full, dots"),
     ({"model__vocab_size": 0}, r"model\.vocab_size=0: must be at least 1"),
     ({"model__layers": -2}, r"model\.layers=-2: must be at least 1"),
-    ({"model__kv_heads": -1}, r"model\.kv_heads=-1: must not be negative"),
-    ({"model__logits_softcap": -1.0}, r"model\.logits_softcap=-1\.0: must not be negative"),
+    ({"model__kv_heads": -1}, r"model\.kv_heads=-1: must be at least 0"),
+    ({"model__logits_softcap": -1.0}, r"model\.logits_softcap=-1\.0: must be at least 0"),
     ({"model__attention_dropout": 1.0}, r"model\.attention_dropout=1\.0: .*below 1"),
     ({"model__norm_eps": 0.0}, r"model\.norm_eps=0\.0: must be positive"),
     ({"model__positions": "learned", "model__max_positions": 0}, r"model\.max_positions=0: "),
@@ -60,7 +60,6 @@ MISTAKES = [
     ({"data__bpe_vocab_size": 5000}, r"data\.bpe_vocab_size=5000: larger than model\.vocab_size=4096"),
     ({"model__vocab_size": 100}, r"data\.bpe_vocab_size=100: must be at least 257"),
     ({"data__weights": (1.0, 2.0)}, r"data\.weights=\(1\.0, 2\.0\): .*each of the 1 data\.sources"),
-    ({"optimizer__warmup_steps": 1000}, r"optimizer\.warmup_steps=1000: must be below run\.steps=1000"),
     (
         {"optimizer__schedule": "wsd", "optimizer__decay_steps": 950},
         r"optimizer\.decay_steps=950: with optimizer\.warmup_steps=100 exceeds run\.steps=1000",
@@ -123,7 +122,7 @@ MISTAKES = [
 )
 def test_a_mistake_is_named_with_its_value_and_what_is_valid(fields, message):
     with pytest.raises(UserError, match=message) as error:
-        changed(**fields).resolved()
+        resolve(changed(**fields))
     assert "\n" not in str(error.value)
 
 
@@ -140,12 +139,12 @@ NUMBERS = [
 def test_a_number_that_is_none_is_refused(field):
     for value in (math.nan, math.inf):
         with pytest.raises(UserError, match=field.replace("__", r"\.")):
-            changed(**{field: value}).resolved()
+            resolve(changed(**{field: value}))
 
 
 def test_resolving_fills_in_what_follows_and_leaves_the_rest():
     experiment = changed(model__heads=4, model__kv_heads=2, run__steps=500)
-    found = experiment.resolved()
+    found = resolve(experiment)
     assert (found.model.head_dim, found.model.mlp_dim, found.model.kv_heads) == (96, 1536, 2)
     assert (found.data.bpe_vocab_size, found.optimizer.decay_steps) == (4096, 100)
     assert set(differences(experiment, found)) == {
@@ -157,18 +156,51 @@ def test_resolving_fills_in_what_follows_and_leaves_the_rest():
     assert experiment.model.head_dim == 0
 
 
+@pytest.mark.parametrize(
+    ("schedule", "warmup", "decay", "steps", "found"),
+    [
+        ("cosine", 1000, 0, 1000, (100, 200)),  # as long as the run
+        ("cosine", 999, 0, 1000, (999, 200)),
+        ("linear", 100, 0, 20, (2, 4)),
+        ("cosine", 100, 0, 1, (0, 1)),
+        ("wsd", 100, 0, 110, (11, 22)),  # no room for a decay that nobody gave
+        ("wsd", 100, 10, 50, (5, 10)),
+        ("wsd", 88, 0, 110, (88, 22)),
+        ("constant", 1000, 0, 10, (1000, 2)),  # which has no end to fit
+    ],
+)
+def test_a_run_shorter_than_its_warm_up_is_made_to_fit(schedule, warmup, decay, steps, found, caplog):
+    fields = {"schedule": schedule, "warmup_steps": warmup, "decay_steps": decay}
+    given = changed(run__steps=steps, **{f"optimizer__{name}": value for name, value in fields.items()})
+    with caplog.at_level("INFO"):
+        optimizer = resolve(given).optimizer
+    assert (optimizer.warmup_steps, optimizer.decay_steps) == found
+    told = f"optimizer.warmup_steps={warmup}: run.steps={steps} has no room for it; {found[0]} instead"
+    assert caplog.messages == ([] if found[0] == warmup else [told])
+    assert given.optimizer.warmup_steps == warmup
+
+
 def test_an_integer_is_a_number():
-    assert changed(optimizer__learning_rate=1).resolved().optimizer.learning_rate == 1
+    assert resolve(changed(optimizer__learning_rate=1)).optimizer.learning_rate == 1
 
 
-def test_a_pipeline_in_bfloat16_on_cpus_is_refused():
+def test_a_pipeline_in_bfloat16_on_cpus_is_refused_and_never_chosen():
     """XLA aborts the process where it compiles one; the same on other platforms, or in float32, is good."""
-    experiment = Experiment(mesh=MeshConfig(stage=-1)).resolved()
-    for platform, dtype, refused in (("cpu", "bfloat16", True), ("cpu", "float32", False), ("tpu", "bfloat16", False)):
-        placed = dataclasses.replace(experiment, model=experiment.model.placed(platform, dtype))
-        with pytest.raises(UserError, match=r"bfloat16: .*mesh\.stage=2") if refused else contextlib.nullcontext():
-            placed.on(2)
-        placed.on(1)
+    experiment = resolve(Experiment(mesh=MeshConfig(stage=-1)))
+    asked = dataclasses.replace(experiment, model=dataclasses.replace(experiment.model, compute_dtype="bfloat16"))
+    with pytest.raises(UserError, match=r"bfloat16: .*mesh\.stage=2"):
+        on(asked, 2, "cpu", "bfloat16")
+    for given, platform, devices, dtype in (
+        (experiment, "cpu", 2, "float32"),
+        (experiment, "cpu", 1, "bfloat16"),
+        (experiment, "tpu", 2, "bfloat16"),
+        (asked, "cpu", 1, "bfloat16"),
+        (asked, "tpu", 2, "bfloat16"),
+    ):
+        placed = on(given, devices, platform, "bfloat16")
+        assert (placed.mesh.stage, placed.model.compute_dtype, placed.model.platform) == (devices, dtype, platform)
+    for_cpus = dataclasses.replace(experiment, model=dataclasses.replace(experiment.model, platform="cpu"))
+    assert on(for_cpus, 2, "tpu", "bfloat16").model.compute_dtype == "float32"
 
 
 def test_placing_decides_every_auto():

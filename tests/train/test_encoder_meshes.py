@@ -23,6 +23,7 @@ from train.data.text.masking import Masking
 from train.data.text.packing import PackedRows
 from train.data.text.span_corruption import SpanCorruption
 from train.data.text.tokenizer import ByteTokenizer
+from train.resolve import resolve
 from train.step import make_program
 
 ROWS, TOKENS, VOCAB = 16, 32, 20
@@ -44,16 +45,18 @@ MESHES = {"fsdp4-tensor2": {"fsdp": 4, "tensor": 2}, "stage2": {"stage": 2, "fsd
 
 def experiment_of(case: str, mesh: dict[str, int]) -> Experiment:
     objective, fields = CASES[case]
-    experiment = Experiment(
-        model=ModelConfig(vocab_size=VOCAB, layers=2, embed_dim=16, heads=4, **fields),
-        data=DataConfig(tokenizer="bytes", bpe_vocab_size=1, context=TOKENS, batch_size=ROWS),
-        objective=ObjectiveConfig(name=objective),
-        # Without momentum and clipping, its state is the last gradient.
-        optimizer=OptimizerConfig(
-            name="sgd", schedule="constant", warmup_steps=0, beta1=0.0, clip_norm=0.0, accumulation=2
-        ),
-        mesh=MeshConfig(**mesh),
-    ).resolved()
+    experiment = resolve(
+        Experiment(
+            model=ModelConfig(vocab_size=VOCAB, layers=2, embed_dim=16, heads=4, **fields),
+            data=DataConfig(tokenizer="bytes", bpe_vocab_size=1, context=TOKENS, batch_size=ROWS),
+            objective=ObjectiveConfig(name=objective),
+            # Without momentum and clipping, its state is the last gradient.
+            optimizer=OptimizerConfig(
+                name="sgd", schedule="constant", warmup_steps=0, beta1=0.0, clip_norm=0.0, accumulation=2
+            ),
+            mesh=MeshConfig(**mesh),
+        )
+    )
     experiment.model = experiment.model.placed("cpu", "float32")
     return experiment
 
@@ -183,4 +186,4 @@ def test_dataclasses_of_objectives_resolve():
     experiment = experiment_of("bert", {})
     wrong = dataclasses.replace(experiment, objective=ObjectiveConfig(name="span"))
     with pytest.raises(UserError, match=r"trains model\.head='token'"):
-        wrong.resolved()
+        resolve(wrong)

@@ -23,6 +23,7 @@ from train.config import DataConfig, Experiment, MeshConfig, OptimizerConfig
 from train.data import pipeline
 from train.data.batch import Batch
 from train.data.corpus import load_corpus
+from train.resolve import resolve
 from train.state import TrainState
 from train.step import Program, make_program
 
@@ -52,14 +53,18 @@ def document(rng: np.random.Generator) -> list[Batch]:
 
 def experiment(mesh: dict[str, int] | None = None, accumulation: int = 1, **model: Any) -> Experiment:
     fields = {"layers": 1, "embed_dim": 48, "heads": 2, "mlp_dim": 96, "init": "normal", "init_std": 0.2} | model
-    found = Experiment(
-        model=ModelConfig(vocab_size=FILLER + 1, **fields),
-        data=DataConfig(tokenizer="bytes", bpe_vocab_size=FILLER + 1, context=TOKENS, batch_size=ROWS, contiguous=True),
-        optimizer=OptimizerConfig(
-            learning_rate=3e-3, schedule="constant", warmup_steps=10, accumulation=accumulation, weight_decay=0.0
-        ),
-        mesh=MeshConfig(**(mesh or {})),
-    ).resolved()
+    found = resolve(
+        Experiment(
+            model=ModelConfig(vocab_size=FILLER + 1, **fields),
+            data=DataConfig(
+                tokenizer="bytes", bpe_vocab_size=FILLER + 1, context=TOKENS, batch_size=ROWS, contiguous=True
+            ),
+            optimizer=OptimizerConfig(
+                learning_rate=3e-3, schedule="constant", warmup_steps=10, accumulation=accumulation, weight_decay=0.0
+            ),
+            mesh=MeshConfig(**(mesh or {})),
+        )
+    )
     return dataclasses.replace(found, model=found.model.placed("cpu", "float32"))
 
 

@@ -22,6 +22,7 @@ from tpu.mesh import make_mesh
 from tpu.pipeline import bubble_fraction
 from train.config import DataConfig, Experiment, MeshConfig, OptimizerConfig
 from train.data.batch import Batch
+from train.resolve import resolve
 from train.state import TrainState
 from train.step import Program, make_program
 
@@ -120,7 +121,7 @@ CASES: dict[str, dict[str, dict[str, Any]]] = {
 
 def changed(branches: dict[str, dict[str, Any]]) -> Experiment:
     parts = {name: dataclasses.replace(getattr(BASE, name), **fields) for name, fields in branches.items()}
-    experiment = dataclasses.replace(BASE, **parts).resolved()
+    experiment = resolve(dataclasses.replace(BASE, **parts))
     experiment.model = experiment.model.placed("cpu", "float32")
     return experiment
 

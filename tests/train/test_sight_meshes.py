@@ -14,8 +14,7 @@ import numpy as np
 import optax
 import pytest
 
-from model.config import ModelConfig
-from model.fields.vision import VisionConfig
+from model.config import ModelConfig, VisionConfig
 from tpu.errors import UserError
 from tpu.mesh import make_mesh
 from train.config import DataConfig, Experiment, MeshConfig, ObjectiveConfig, OptimizerConfig
@@ -23,6 +22,7 @@ from train.data.batch import Batch
 from train.data.chat.record import IMAGE, Conversation, Turn
 from train.data.chat.rows import caption_row, class_row, conversation_row
 from train.data.text.tokenizer import ByteTokenizer
+from train.resolve import resolve
 from train.step import make_program
 
 ROWS, TOKENS = 16, 32
@@ -67,17 +67,19 @@ DIVIDED = [
 
 def experiment_of(case: str, mesh: dict[str, int]) -> Experiment:
     objective, fields, vision = CASES[case]
-    experiment = Experiment(
-        model=ModelConfig(
-            **{"vocab_size": 257, "layers": 2, "embed_dim": 16, "heads": 4, **fields},
-            vision=VisionConfig(**VIT | vision),
-        ),
-        data=DataConfig(tokenizer="bytes", bpe_vocab_size=257, context=TOKENS, batch_size=ROWS, images=2),
-        objective=ObjectiveConfig(name=objective),
-        # Without momentum and clipping, its state is the last gradient.
-        optimizer=OptimizerConfig(name="sgd", schedule="constant", warmup_steps=0, beta1=0.0, clip_norm=0.0),
-        mesh=MeshConfig(**mesh),
-    ).resolved()
+    experiment = resolve(
+        Experiment(
+            model=ModelConfig(
+                **{"vocab_size": 257, "layers": 2, "embed_dim": 16, "heads": 4, **fields},
+                vision=VisionConfig(**VIT | vision),
+            ),
+            data=DataConfig(tokenizer="bytes", bpe_vocab_size=257, context=TOKENS, batch_size=ROWS, images=2),
+            objective=ObjectiveConfig(name=objective),
+            # Without momentum and clipping, its state is the last gradient.
+            optimizer=OptimizerConfig(name="sgd", schedule="constant", warmup_steps=0, beta1=0.0, clip_norm=0.0),
+            mesh=MeshConfig(**mesh),
+        )
+    )
     experiment.model = experiment.model.placed("cpu", "float32")
     return experiment
 

@@ -18,8 +18,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from model.config import ModelConfig
-from model.fields.vision import VisionConfig
+from model.config import ModelConfig, VisionConfig
 from model.vision.vit import resampled
 from serve.classify import probabilities
 from tpu.errors import UserError
@@ -34,6 +33,7 @@ from train.evaluate.retrieval import class_vectors, embedders, recall_at, zero_s
 from train.evaluate.retrieval import figures as retrieval_figures
 from train.evaluate.sight_report import figures, page
 from train.finetune import on_base
+from train.resolve import resolve
 from train.restore import open_checkpoint
 from train.run import pretrain
 from train.signals import Stop
@@ -63,7 +63,7 @@ def experiment(fusion: str = "merge", **branches: dict[str, Any]) -> Experiment:
 
 def trained(given: Experiment, workdir: Path) -> Path:
     with Stop() as stop:
-        assert pretrain(given.resolved(), Workdir(workdir), stop) == 0
+        assert pretrain(resolve(given), Workdir(workdir), stop) == 0
     return workdir
 
 
@@ -136,7 +136,7 @@ def test_the_row_of_a_class_token_stays_and_a_grid_is_no_row_of_numbers():
 
 
 def test_a_text_model_is_refused_pictures(tmp_path):
-    corpus = load_corpus(experiment("none").resolved().data, objective="conversation", model=ModelConfig().resolved())
+    corpus = load_corpus(resolve(experiment("none")).data, objective="conversation", model=ModelConfig().resolved())
     with pytest.raises(UserError, match=r"none of the .* records can be read|could not be read|cannot see"):
         corpus.train[0][0]
 
@@ -149,7 +149,7 @@ def test_what_freezes_nothing_or_all_is_refused(one_device):
     with pytest.raises(UserError, match="freezes every weight"):
         frozen_mask(weights, ("kernel",))
     with pytest.raises(UserError, match="no regular expression"):
-        experiment(optimizer={"frozen": ("(",)}).resolved()
+        resolve(experiment(optimizer={"frozen": ("(",)}))
 
 
 @pytest.mark.parametrize(("fusion", "kind"), [("merge", "lora"), ("merge", "prefix"), ("cross", "lora")])
@@ -174,7 +174,7 @@ def test_adapters_train_on_what_sees(fusion, kind, merge, tmp_path):
 def test_an_adapter_sees_and_is_asked_as_its_base_unless_told_otherwise():
     looks = {"images": 3, "image_fit": "crop", "frames": 2, "max_tiles": 3, "patches": 99}
     says = {"user_format": "Q: {}\n", "assistant_format": "A: {}"}
-    base = Base(Path("base"), "", experiment(data=looks | says).resolved(), ByteTokenizer())
+    base = Base(Path("base"), "", resolve(experiment(data=looks | says)), ByteTokenizer())
 
     def adapted(**data: Any) -> DataConfig:
         given = dataclasses.replace(experiment(data=data), model=ModelConfig(), adapter=AdapterConfig("lora"))
@@ -191,7 +191,7 @@ def test_an_adapter_sees_and_is_asked_as_its_base_unless_told_otherwise():
 
 @pytest.mark.parametrize("source", [name for name in made.NAMES if not name.startswith(("charts", "words"))])
 def test_what_is_made_here_becomes_batches(source):
-    given = experiment(data={"sources": (source,), "context": 256, "images": 4}).resolved()
+    given = resolve(experiment(data={"sources": (source,), "context": 256, "images": 4}))
     corpus = load_corpus(given.data, objective="conversation", model=given.model)
     batches = pipeline.train_batches(corpus, given.data, seed=0)
     batch = next(batches)
@@ -207,7 +207,7 @@ def test_what_is_made_here_becomes_batches(source):
 
 
 def test_rows_depend_on_seed_and_step_alone():
-    given = experiment().resolved()
+    given = resolve(experiment())
     corpus = load_corpus(given.data, objective="conversation", model=given.model)
 
     def batch(start: int, skip: int) -> Any:
@@ -244,7 +244,7 @@ def test_bad_records_are_counted_left_out_and_too_many_refused(tmp_path, caplog)
         return dataclasses.replace(experiment().data, sources=(f"{folder}/a.jsonl",), holdout=0.0)
 
     (folder / "3.png").write_bytes((folder / "3.png").read_bytes()[:40])
-    model = experiment().resolved().model
+    model = resolve(experiment()).model
     corpus = load_corpus(write({5, 7}), objective="conversation", model=model)
     with caplog.at_level("WARNING"):
         rows = [corpus.train[0][index] for index in range(len(corpus.train[0]))]
@@ -283,7 +283,7 @@ def test_one_bad_record_stops_neither_tokenizer_nor_training_nor_evaluation(tmp_
     assert of["count"] == len(said) > 10
     assert all(conversation.turns[-1].role == "assistant" for conversation, _ in said)
     assert all(len(conversation.turns[0].text) < 100 for conversation, _ in said)
-    named = dataclasses.replace(given.resolved().data, sources=(f"{folder}/a.jsonl",))
+    named = dataclasses.replace(resolve(given).data, sources=(f"{folder}/a.jsonl",))
     vision = VisionConfig(**VIT, pool="mean", connector="none")
     classes = ModelConfig(kind="vision", labels=2, vocab_size=300, embed_dim=16, heads=2, vision=vision).resolved()
     corpus = load_corpus(named, objective="image_classification", model=classes, tokenizer=ByteTokenizer())
@@ -472,7 +472,7 @@ def test_contrastive_rows_cannot_be_split():
         ("data.batch_size=1", {"data": {"batch_size": 1}}),
     ):
         with pytest.raises(UserError, match=field):
-            experiment(model=model, objective={"name": "contrastive"}, **branch).resolved()
+            resolve(experiment(model=model, objective={"name": "contrastive"}, **branch))
 
 
 # Commands
@@ -541,7 +541,7 @@ def test_a_file_that_has_no_directory_is_refused_before_the_work(module, flag):
 )
 def test_what_does_not_go_together_is_named(fields, words):
     with pytest.raises(UserError) as error:
-        experiment(**fields).resolved()
+        resolve(experiment(**fields))
     assert words in str(error.value)
 
 
@@ -552,18 +552,18 @@ NATIVE = VisionConfig(**VIT | {"image_size": 64, "patch_size": 4, "positions": "
 def test_rows_hold_what_packed_images_take_at_most(patches, most):
     """Whatever image_size is: 256 patches here, which packed images need not have and may have more of."""
     data = {"image_fit": "native", "patches": patches}
-    experiment(model={"vision": NATIVE}, data=data | {"context": most + 1}).resolved()
+    resolve(experiment(model={"vision": NATIVE}, data=data | {"context": most + 1}))
     with pytest.raises(UserError, match=f"^data.context={most}: the images of a row take up to {most} tokens"):
-        experiment(model={"vision": NATIVE}, data=data | {"context": most}).resolved()
+        resolve(experiment(model={"vision": NATIVE}, data=data | {"context": most}))
 
 
 def test_tiles_need_room_for_an_overview_and_a_part():
     data = {"image_fit": "tiles", "images": 2, "context": 9}
-    experiment(data=data).resolved()
+    resolve(experiment(data=data))
     with pytest.raises(UserError, match=r"^data.images=1: data.image_fit='tiles' makes at least 2 images of each"):
-        experiment(data=data | {"images": 1}).resolved()
+        resolve(experiment(data=data | {"images": 1}))
     with pytest.raises(UserError, match=r"^data.context=8: one image takes 8 tokens"):
-        experiment(data=data | {"context": 8}).resolved()
+        resolve(experiment(data=data | {"context": 8}))
 
 
 @pytest.mark.parametrize("objective", ["contrastive", "image_classification"])
@@ -572,13 +572,13 @@ def test_tiles_are_refused_where_a_row_is_of_one_image(objective):
     classes = {"fusion": "none", "kind": "vision", "labels": 3}
     model = {"fusion": "contrastive"} if objective == "contrastive" else classes
     given = experiment(model=model | {"vision": vision}, objective={"name": objective}, data={"images": 2})
-    given.resolved()
+    resolve(given)
     given.data.image_fit = "tiles"
     with pytest.raises(UserError, match=f"^data.image_fit='tiles': objective.name='{objective}' takes one image a row"):
-        given.resolved()
+        resolve(given)
 
 
 def test_an_unknown_source_is_named():
-    given = experiment(data={"sources": ("scenes:poem",)}).resolved()
+    given = resolve(experiment(data={"sources": ("scenes:poem",)}))
     with pytest.raises(UserError, match=r"scenes:poem.*scenes:caption"):
         load_corpus(given.data, objective="conversation", model=given.model)

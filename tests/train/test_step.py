@@ -20,6 +20,7 @@ from model.weights import bind
 from tpu.mesh import make_mesh
 from train.config import DataConfig, Experiment, LossConfig, MeshConfig, OptimizerConfig
 from train.data.batch import Batch
+from train.resolve import resolve
 from train.state import TrainState
 from train.step import Program, make_program
 
@@ -35,7 +36,7 @@ BASE = Experiment(
 
 def changed(**branches: dict[str, Any]) -> Experiment:
     parts = {name: dataclasses.replace(getattr(BASE, name), **fields) for name, fields in branches.items()}
-    experiment = dataclasses.replace(BASE, **parts).resolved()
+    experiment = resolve(dataclasses.replace(BASE, **parts))
     experiment.model = experiment.model.placed("cpu", "float32")
     return experiment
 

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from tpu.chips import Topology, gpu_chip, parse_topology
 from tpu.errors import UserError
 from train.config import Experiment
+from train.resolve import on
 
 if TYPE_CHECKING:
     from jax.sharding import Mesh
@@ -102,9 +103,8 @@ def place(experiment: Experiment, topology: str, slices: int = 1) -> tuple[Exper
         found = parse_topology(topology)
         platform = "tpu" if found.chip else "cpu"
         devices = tpu_devices(found, slices) if found.chip else jax.devices()[: found.devices * slices]
-    model = experiment.model.placed(platform, fast_dtype(platform))
     mesh = dataclasses.replace(experiment.mesh, slices=slices)
-    experiment = dataclasses.replace(experiment, model=model, mesh=mesh).on(len(devices))
+    experiment = on(dataclasses.replace(experiment, mesh=mesh), len(devices), platform, fast_dtype(platform))
     return experiment, found, make_mesh(experiment.mesh, devices)
 
 

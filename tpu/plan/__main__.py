@@ -29,6 +29,7 @@ from tpu.chips import Topology, parse_topology, shapes
 from tpu.errors import UserError
 from train import entry
 from train.config import Experiment
+from train.resolve import on, resolve
 from train.tree import to_dict
 
 if TYPE_CHECKING:
@@ -77,10 +78,9 @@ def layouts(experiment: Experiment, topology: Topology, slices: int = 1) -> list
     found, meshes = [], {}
     for overrides in _candidates(experiment, topology.devices * slices):
         try:
-            decided = overridden(experiment, overrides | {"mesh.slices": slices}).on(len(devices))
+            decided = on(overridden(experiment, overrides | {"mesh.slices": slices}), len(devices), "tpu", "bfloat16")
         except UserError:
             continue
-        decided.model = decided.model.placed("tpu", "bfloat16")
         key = tuple(sorted(item for item in overrides.items() if item[0].startswith("mesh.")))
         if key not in meshes:
             meshes[key] = _mesh(decided, devices)
@@ -96,7 +96,7 @@ def overridden(experiment: Experiment, overrides: dict[str, Any]) -> Experiment:
         branch, field = path.split(".")
         branches.setdefault(branch, {})[field] = value
     parts = {name: dataclasses.replace(getattr(experiment, name), **fields) for name, fields in branches.items()}
-    return dataclasses.replace(experiment, **parts).resolved()
+    return resolve(dataclasses.replace(experiment, **parts))
 
 
 def _candidates(experiment: Experiment, devices: int) -> Iterator[dict[str, Any]]:

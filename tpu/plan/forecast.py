@@ -17,7 +17,8 @@ import dataclasses
 import math
 from typing import Any
 
-from model.config import GATED, ModelConfig
+from model.config import ModelConfig
+from model.fields.shape import GATED
 from tpu.chips import Topology
 from tpu.compile.hlo_collectives import Collective
 from tpu.compile.roofline import KERNEL_UTILISATION, collective_seconds

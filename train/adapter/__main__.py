@@ -20,6 +20,7 @@ from absl import flags
 from tpu.errors import UserError
 from train import entry
 from train.config import AdapterConfig, Experiment, RunConfig
+from train.resolve import resolve
 from train.tree import from_dict, to_dict
 
 VERBS = ("merge", "export", "import")
@@ -104,7 +105,7 @@ def import_peft(source: pathlib.Path, path: pathlib.Path, workdir: pathlib.Path)
     frozen = checkpoint.load_weights(base.step_dir, kinds.build(config)[1])
     adapter, trained = peft.load(source, config, frozen)
     meta = checkpoint.read_meta(base.step_dir) | {"base": base.reference()}
-    _write(workdir, trained, meta, dataclasses.replace(base.experiment, adapter=adapter).resolved())
+    _write(workdir, trained, meta, resolve(dataclasses.replace(base.experiment, adapter=adapter)))
 
 
 def _write(path: pathlib.Path, weights: Any, meta: dict[str, Any], experiment: Experiment) -> None:

@@ -12,7 +12,6 @@ import jax
 
 from model.adapters.lora import FACTORS
 from model.config import ModelConfig
-from model.vision.connector import encoder_width, source_width
 from train.config import Experiment
 
 
@@ -124,7 +123,7 @@ def _attended(config: ModelConfig, context: int, shown: Shown) -> float:
     if vision.encoder == "vit":
         total += (vision.layers - vision.unused_layers) * vision.embed_dim * shown.encoded * each
     if vision.pool == "map":
-        total += encoder_width(config) * shown.encoded
+        total += config.vision.encoder_width * shown.encoded
     if vision.connector == "perceiver":
         width = vision.connector_layers * vision.connector_heads * vision.connector_head_dim
         total += width * shown.vectors * (each + vision.latents)
@@ -137,10 +136,10 @@ def _streams_attended(config: ModelConfig, t: int, s: int, a: int) -> float:
     """The same in the connections of T tokens, S vectors and A actions, and in the layers after them but the text's."""
     stacked = config.vision.tangled == "paper"
     if config.fusion == "co":
-        to_text, others, layers = t * s, s * t, source_width(config) * s * s
+        to_text, others, layers = t * s, s * t, config.source_width * s * s
     else:
         to_text = t * t + a * s + stacked * t * a
         others = a * t + s * s + a * a + stacked * s * a
-        layers = source_width(config) * s * s + config.heads * config.head_dim * a * a
+        layers = config.source_width * s * s + config.heads * config.head_dim * a * a
     width, connections = config.vision.connection_dim, config.vision.connections
     return connections * width * to_text + (connections - 1) * (width * others + layers)

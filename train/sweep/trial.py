@@ -23,6 +23,7 @@ from typing import Any
 from tpu.distributed import PROCESSES
 from tpu.errors import UserError
 from train.config import Experiment
+from train.resolve import resolve
 from train.sweep.space import Point, overridden, trial_name
 from train.workdir import write_json
 
@@ -116,7 +117,7 @@ class Trial:
         if self.record.state == "invalid":
             self.record.state, self.record.reason = "waiting", ""
         try:
-            experiment = overridden(self._base, self._point).resolved()
+            experiment = resolve(overridden(self._base, self._point))
             if self._objective.startswith("eval.") and not experiment.data.holdout:
                 raise UserError(f"data.holdout=0.0: no held-out documents, and so no {self._objective}")
             if "ema_" in self._objective and not experiment.optimizer.ema_decay:

@@ -9,9 +9,10 @@ from typing import Any
 
 import pytest
 
+from model.config import VisionConfig
 from model.families.image_processor import PROCESSORS, Preparation, of_directory, read
 from model.families.known import FAMILIES
-from model.fields.vision import NORMALIZATIONS, VisionConfig
+from model.fields.image import NORMALIZATIONS
 from model.hub.import_model import import_model
 from tests.peers.archives import unpacked
 from tpu.errors import UserError

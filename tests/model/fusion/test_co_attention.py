@@ -15,8 +15,7 @@ import pytest
 from flax import nnx
 
 from model.attention.cross_attention import Source
-from model.config import ModelConfig
-from model.fields.vision import VisionConfig
+from model.config import ModelConfig, VisionConfig
 from model.fusion.co_attention import CoConnection
 from model.fusion.streams import Streams
 from model.place import Place

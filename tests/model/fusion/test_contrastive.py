@@ -14,8 +14,7 @@ import numpy as np
 import pytest
 
 from model import kinds
-from model.config import ModelConfig
-from model.fields.vision import VisionConfig
+from model.config import ModelConfig, VisionConfig
 from model.fusion.contrastive import Contrastive
 from model.place import Place
 from model.vision.vision import Vision

@@ -23,8 +23,7 @@ from model import kinds
 from model.attention.cache import empty_cache
 from model.attention.cross_attention import CrossAttention, Source
 from model.attention.ring_attention import zigzag
-from model.config import ModelConfig
-from model.fields.vision import VisionConfig
+from model.config import ModelConfig, VisionConfig
 from model.place import Place, visible
 from model.positions import alibi
 from model.transformer import Transformer

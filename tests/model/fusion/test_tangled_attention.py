@@ -11,8 +11,7 @@ import jax
 import numpy as np
 import pytest
 
-from model.config import ModelConfig
-from model.fields.vision import VisionConfig
+from model.config import ModelConfig, VisionConfig
 from model.fusion.tangled_attention import Streams, TangledConnection
 from model.place import Place
 from model.weights import bind

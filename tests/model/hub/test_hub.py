@@ -17,11 +17,10 @@ import numpy as np
 import pytest
 from tests.model.test_rope import SCALED
 
-from model.config import ModelConfig
+from model.config import ModelConfig, VisionConfig
 from model.families.known import FAMILIES, describe, that_can_express
 from model.families.load import load, shapes
 from model.families.mapping import export_specs, export_tensor
-from model.fields.vision import VisionConfig
 from model.hub.__main__ import run_model
 from model.hub.export_model import export_model
 from model.hub.import_model import Opened, import_model, row_length

@@ -12,9 +12,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from model.config import ModelConfig
-from model.fields.vision import VisionConfig
-from model.vision.connector import Connector, Perceiver, source_width
+from model.config import ModelConfig, VisionConfig
+from model.vision.connector import Connector, Perceiver
 from model.weights import bind
 from tests.model import float64
 from tpu.errors import UserError
@@ -89,7 +88,7 @@ def test_without_a_connector_vectors_stay_as_they_are():
     weights, found = ran(config, x)
     np.testing.assert_array_equal(found, x)
     assert not weights
-    assert source_width(config) == WIDTH
+    assert config.source_width == WIDTH
 
 
 def test_vectors_of_another_width_than_the_text_are_not_merged_without_a_connector():
@@ -136,7 +135,7 @@ def test_what_is_merged_has_the_width_of_the_text(fusion, width):
     config, x = made("perceiver", fusion), jnp.asarray(vectors())
     weights, found = ran(config, x)
     assert found.shape == (2, 3, width)
-    assert source_width(config) == width
+    assert config.source_width == width
     assert ("out" in weights) == (fusion == "merge")
     if fusion == "merge":
         own = perceived(np.asarray(x, np.float64), weights["perceiver"], config, np.ones(x.shape[:2]))

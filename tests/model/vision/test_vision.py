@@ -5,6 +5,7 @@ Legend: R images, H, W pixels along their sides, C channels or width, M patches 
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from typing import Any
 
@@ -14,8 +15,7 @@ import numpy as np
 import pytest
 
 from model import kinds
-from model.config import ModelConfig
-from model.fields.vision import VisionConfig
+from model.config import ModelConfig, VisionConfig
 from model.vision.convolution import CNN, GroupNorm, pooled
 from model.vision.encoder import Encoder
 from model.vision.images import Images, normalized
@@ -504,7 +504,7 @@ def test_rotary_positions_need_heads_of_a_multiple_of_four():
     made(positions="rope", heads=2)
 
 
-@pytest.mark.parametrize("field", sorted(set(VisionConfig.__annotations__)))
+@pytest.mark.parametrize("field", sorted(f.name for f in dataclasses.fields(VisionConfig)))
 def test_every_number_and_every_choice_has_its_limits(field):
     value = getattr(VisionConfig(), field)
     if isinstance(value, str):

@@ -18,6 +18,7 @@ from tpu.compile.hlo_counts import Kernel
 from tpu.compile.report import attention_kernel_flops, out_of_memory
 from tpu.errors import UserError
 from train.config import DataConfig, Experiment, MeshConfig, OptimizerConfig, RunConfig
+from train.resolve import resolve
 
 ROOT = Path(__file__).resolve().parents[3]
 LAYERS, EMBED, VOCAB, CONTEXT, BATCH = 3, 256, 512, 256, 16
@@ -350,9 +351,7 @@ def test_what_libtpu_says_when_memory_runs_out():
 
 
 def test_operations_of_attention_kernels():
-    experiment = Experiment(
-        data=DataConfig(), optimizer=OptimizerConfig(), mesh=MeshConfig(), run=RunConfig()
-    ).resolved()
+    experiment = resolve(Experiment(data=DataConfig(), optimizer=OptimizerConfig(), mesh=MeshConfig(), run=RunConfig()))
     rows, heads, tokens, width = 2, 3, 64, 128
     elements = rows * heads * tokens * width
     kernels = [

@@ -19,6 +19,7 @@ from tpu.plan import __main__ as plan
 from tpu.plan.forecast import layer_weights, recomputed, saved_per_token
 from train.budget.summary import summarize
 from train.config import Experiment
+from train.resolve import resolve
 
 ROOT = Path(__file__).resolve().parents[3]
 
@@ -35,7 +36,7 @@ def test_weights_of_a_layer_are_those_of_its_matrices():
     for activation in ("swiglu", "gelu"):
         shapes = {"embed_dim": 64, "heads": 4, "attention_bias": False, "mlp_bias": False, "activation": activation}
         counts = [
-            summarize(Experiment(model=ModelConfig(vocab_size=4096, layers=n, **shapes)).resolved())["parameters"][
+            summarize(resolve(Experiment(model=ModelConfig(vocab_size=4096, layers=n, **shapes))))["parameters"][
                 "total"
             ]
             for n in (2, 3)
@@ -56,7 +57,7 @@ def test_what_is_saved_need_not_be_done_again():
 
 
 def test_every_candidate_uses_all_devices():
-    experiment = Experiment(model=ModelConfig(layers=4, heads=4, embed_dim=64)).resolved()
+    experiment = resolve(Experiment(model=ModelConfig(layers=4, heads=4, embed_dim=64)))
     meshes = {
         tuple(v for k, v in c.items() if k.startswith("mesh.") and k != "mesh.zero")
         for c in plan._candidates(experiment, 8)
@@ -71,7 +72,7 @@ def test_every_candidate_uses_all_devices():
 
 def test_an_impossible_override_is_named():
     with pytest.raises(UserError, match=r"mesh\.tensor=3: .*|model\.heads=6"):
-        plan.overridden(Experiment().resolved(), {"mesh.tensor": 4})
+        plan.overridden(resolve(Experiment()), {"mesh.tensor": 4})
 
 
 CONFIG = """

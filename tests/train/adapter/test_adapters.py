@@ -38,6 +38,7 @@ from train.checkpoint import checkpoint, manifest
 from train.config import AdapterConfig, DataConfig, Experiment, MeshConfig, OptimizerConfig
 from train.data.batch import Batch
 from train.finetune import on_base
+from train.resolve import resolve
 from train.restore import open_checkpoint
 from train.run import pretrain
 from train.signals import Stop
@@ -61,14 +62,16 @@ KINDS = {
 
 
 def experiment(adapter: AdapterConfig, mesh: dict[str, int] | None = None, **model: Any) -> Experiment:
-    found = Experiment(
-        model=dataclasses.replace(MODEL, **model),
-        data=DataConfig(tokenizer="bytes", bpe_vocab_size=VOCAB, context=TOKENS, batch_size=ROWS),
-        # Without momentum and clipping, its state is the last gradient.
-        optimizer=OptimizerConfig(name="sgd", schedule="constant", warmup_steps=0, beta1=0.0, clip_norm=0.0),
-        mesh=MeshConfig(**mesh or {}),
-        adapter=adapter,
-    ).resolved()
+    found = resolve(
+        Experiment(
+            model=dataclasses.replace(MODEL, **model),
+            data=DataConfig(tokenizer="bytes", bpe_vocab_size=VOCAB, context=TOKENS, batch_size=ROWS),
+            # Without momentum and clipping, its state is the last gradient.
+            optimizer=OptimizerConfig(name="sgd", schedule="constant", warmup_steps=0, beta1=0.0, clip_norm=0.0),
+            mesh=MeshConfig(**mesh or {}),
+            adapter=adapter,
+        )
+    )
     found.model = found.model.placed("cpu", "float32")
     return found
 

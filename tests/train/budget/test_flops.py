@@ -8,12 +8,12 @@ import jax
 import pytest
 
 from model import kinds
-from model.config import ModelConfig
-from model.fields.vision import VisionConfig
+from model.config import ModelConfig, VisionConfig
 from tpu.compile import hlo
 from tpu.compile.hlo_counts import count
 from train.budget.flops import flops_per_token, shown
 from train.config import DataConfig, Experiment, ObjectiveConfig
+from train.resolve import resolve
 from train.step import abstract_batch, make_program
 
 ROWS = 2
@@ -50,11 +50,13 @@ def experiment_of(case: str) -> Experiment:
     objective, fields, vision = CASES[case]
     text = {"vocab_size": 257, "layers": 4, "embed_dim": 32, "heads": 4, "attention": "plain"}
     context = 1 if fields.get("kind") == "vision" else 160
-    experiment = Experiment(
-        model=ModelConfig(**text | fields, vision=VisionConfig(**VIT | vision)),
-        data=DataConfig(tokenizer="bytes", bpe_vocab_size=257, context=context, batch_size=ROWS, images=2),
-        objective=ObjectiveConfig(name=objective),
-    ).resolved()
+    experiment = resolve(
+        Experiment(
+            model=ModelConfig(**text | fields, vision=VisionConfig(**VIT | vision)),
+            data=DataConfig(tokenizer="bytes", bpe_vocab_size=257, context=context, batch_size=ROWS, images=2),
+            objective=ObjectiveConfig(name=objective),
+        )
+    )
     experiment.model = experiment.model.placed("cpu", "float32")
     return experiment
 

@@ -12,12 +12,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from model import kinds
-from model.config import GATED, ModelConfig
-from model.fields.vision import VisionConfig
+from model.config import ModelConfig, VisionConfig
+from model.fields.shape import GATED
 from tpu.mesh import make_mesh
 from train.budget.flops import flops_per_token
 from train.budget.summary import human_bytes, parameter_counts, print_summary, summarize
 from train.config import DataConfig, Experiment, MeshConfig, OptimizerConfig, RunConfig
+from train.resolve import resolve
 from train.step import make_program
 from train.tree import from_dict
 
@@ -82,12 +83,14 @@ def test_fixed_statistics_are_no_parameters():
 
 
 def test_the_summary_of_an_experiment(capsys):
-    experiment = Experiment(
-        model=ModelConfig(vocab_size=300, layers=2, embed_dim=8, heads=2, weight_dtype="bfloat16"),
-        data=DataConfig(context=16, batch_size=3),
-        optimizer=OptimizerConfig(ema_decay=0.9, warmup_steps=2),
-        run=RunConfig(steps=10),
-    ).resolved()
+    experiment = resolve(
+        Experiment(
+            model=ModelConfig(vocab_size=300, layers=2, embed_dim=8, heads=2, weight_dtype="bfloat16"),
+            data=DataConfig(context=16, batch_size=3),
+            optimizer=OptimizerConfig(ema_decay=0.9, warmup_steps=2),
+            run=RunConfig(steps=10),
+        )
+    )
     figures = summarize(experiment)
     total, embedding = count(experiment.model)
     assert figures["parameters"]["total"] == total
@@ -109,7 +112,7 @@ def test_the_summary_of_an_experiment(capsys):
 def test_optimizer_bytes_follow_the_rule():
     def state(name: str) -> int:
         experiment = Experiment(model=ModelConfig(layers=2, embed_dim=192), optimizer=OptimizerConfig(name=name))
-        return summarize(experiment.resolved())["bytes"]["optimizer"]
+        return summarize(resolve(experiment))["bytes"]["optimizer"]
 
     sizes = {name: state(name) for name in ("adamw", "lion", "sgd", "muon", "adafactor")}
     assert sizes["adafactor"] < 0.6 * sizes["sgd"]
@@ -125,7 +128,7 @@ def test_the_bubble_of_a_pipeline(capsys):
         return figures_of(Experiment(model=model, data=data, mesh=MeshConfig(stage=stages)))["pipeline_bubble"]
 
     def figures_of(experiment: Experiment) -> dict[str, Any]:
-        figures = summarize(experiment.resolved())
+        figures = summarize(resolve(experiment))
         print_summary(experiment, figures)
         return figures
 
@@ -144,12 +147,14 @@ def test_the_bubble_of_a_pipeline(capsys):
 def test_the_memory_is_that_of_the_state(name, weight_dtype):
     """Replicas of local SGD and its momentum, or else an average of the weights, against the state of the program."""
     for replicas, optimizer in ((4, {"local_steps": 5}), (1, {"ema_decay": 0.9})):
-        experiment = Experiment(
-            model=ModelConfig(layers=2, embed_dim=16, heads=2, weight_dtype=weight_dtype),
-            data=DataConfig(batch_size=4),
-            optimizer=OptimizerConfig(name=name, **optimizer),
-            mesh=MeshConfig(data=replicas),
-        ).resolved()
+        experiment = resolve(
+            Experiment(
+                model=ModelConfig(layers=2, embed_dim=16, heads=2, weight_dtype=weight_dtype),
+                data=DataConfig(batch_size=4),
+                optimizer=OptimizerConfig(name=name, **optimizer),
+                mesh=MeshConfig(data=replicas),
+            )
+        )
         placed = dataclasses.replace(experiment, model=experiment.model.placed("cpu", "float32"))
         state = make_program(placed, make_mesh(placed.mesh, jax.devices()[:replicas])).abstract_state
         parts = {"weights": state.weights, "optimizer": state.optimizer_state, "ema": state.ema}
@@ -159,7 +164,7 @@ def test_the_memory_is_that_of_the_state(name, weight_dtype):
 
 
 def test_an_open_number_of_replicas_is_said(capsys):
-    experiment = Experiment(optimizer=OptimizerConfig(local_steps=4), mesh=MeshConfig(data=-1)).resolved()
+    experiment = resolve(Experiment(optimizer=OptimizerConfig(local_steps=4), mesh=MeshConfig(data=-1)))
     two = dataclasses.replace(experiment, mesh=MeshConfig(data=2))
     figures = summarize(experiment)
     assert figures["bytes"] == summarize(two)["bytes"]
@@ -171,7 +176,7 @@ def test_an_open_number_of_replicas_is_said(capsys):
 
 def test_summarizing_allocates_nothing():
     before = len(jax.live_arrays())
-    summarize(Experiment(model=ModelConfig(embed_dim=12288, heads=96, layers=96)).resolved())
+    summarize(resolve(Experiment(model=ModelConfig(embed_dim=12288, heads=96, layers=96))))
     assert len(jax.live_arrays()) == before
 
 

@@ -20,6 +20,7 @@ from tpu.errors import UserError
 from train.config import DataConfig, Experiment, LossConfig, MeshConfig, OptimizerConfig, RunConfig
 from train.data.batch import Batch
 from train.optimize.balance import balance_figures, balance_loss, loads, rebalanced, router_z_loss
+from train.resolve import resolve
 from train.state import TrainState
 from train.step import make_program
 
@@ -63,12 +64,14 @@ def test_the_bias_moves_against_the_load():
 def experiment(model: dict[str, Any] | None = None, **branches: dict[str, Any]) -> Experiment:
     shape = {"vocab_size": VOCAB, "layers": 2, "embed_dim": 16, "heads": 2, "mlp_dim": 24, "mlp_bias": False}
     optimizer = {"name": "sgd", "schedule": "constant", "warmup_steps": 0, "beta1": 0.0, "clip_norm": 0.0}
-    found = Experiment(
-        model=ModelConfig(**shape, experts=8, layer_loop="scan", **(model or {})),
-        data=DataConfig(tokenizer="bytes", bpe_vocab_size=VOCAB, context=TOKENS, batch_size=ROWS),
-        optimizer=OptimizerConfig(**optimizer | branches.get("optimizer", {})),
-        loss=LossConfig(**branches.get("loss", {})),
-    ).resolved()
+    found = resolve(
+        Experiment(
+            model=ModelConfig(**shape, experts=8, layer_loop="scan", **(model or {})),
+            data=DataConfig(tokenizer="bytes", bpe_vocab_size=VOCAB, context=TOKENS, batch_size=ROWS),
+            optimizer=OptimizerConfig(**optimizer | branches.get("optimizer", {})),
+            loss=LossConfig(**branches.get("loss", {})),
+        )
+    )
     found.model = found.model.placed("cpu", "float32")
     return found
 
@@ -202,6 +205,6 @@ def test_what_cannot_be_is_said_in_one_line(branches, message):
     )
     parts = {name: dataclasses.replace(getattr(base, name), **fields) for name, fields in branches.items()}
     with pytest.raises(UserError) as raised:
-        dataclasses.replace(base, **parts).resolved()
+        resolve(dataclasses.replace(base, **parts))
     assert message in str(raised.value)
     assert "\n" not in str(raised.value)

@@ -30,6 +30,7 @@ from train.config import DataConfig, Experiment, MeshConfig, OptimizerConfig, Ru
 from train.data import pipeline
 from train.data.batch import Batch
 from train.optimize.local_sgd import outer_update
+from train.resolve import on, resolve
 from train.restore import open_checkpoint
 from train.run import pretrain
 from train.signals import Stop
@@ -51,7 +52,7 @@ BASE = Experiment(
 
 def changed(**branches: dict[str, Any]) -> Experiment:
     parts = {name: dataclasses.replace(getattr(BASE, name), **fields) for name, fields in branches.items()}
-    experiment = dataclasses.replace(BASE, **parts).resolved()
+    experiment = resolve(dataclasses.replace(BASE, **parts))
     experiment.model = experiment.model.placed("cpu", "float32")
     return experiment
 
@@ -432,6 +433,6 @@ def test_a_mistake_is_named(branches, message):
 
 def test_a_mesh_that_is_decided_later_is_checked_then():
     experiment = changed(mesh={"data": -1}, optimizer={"local_steps": 8})
-    assert experiment.on(4).mesh == MeshConfig(data=4)
+    assert on(experiment, 4, "cpu", "float32").mesh == MeshConfig(data=4)
     with pytest.raises(UserError, match=r"optimizer\.local_steps=8: .* mesh\.data=1"):
-        experiment.on(1)
+        on(experiment, 1, "cpu", "float32")
