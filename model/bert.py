@@ -41,7 +41,7 @@ class MaskedHead(nnx.Module):
         """h [..., D] -> logits [..., V] float32."""
         h = self.norm(self.activation(self.dense(h, "float32"))).astype(h.dtype)
         logits = self.linear(h, "float32") if self.embedding is None else self.embedding.logits(h)
-        return logits + self.bias.get_value().astype(jnp.float32)
+        return logits + jax.lax.broadcast_to_rank(self.bias.get_value().astype(jnp.float32), logits.ndim)
 
 
 class PooledHead(nnx.Module):

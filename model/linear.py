@@ -105,7 +105,7 @@ class Linear(nnx.Module):
     def finish(self, y: jax.Array, dtype: str | None = None) -> jax.Array:
         """Adds the bias to the product y [..., *outputs] and rounds it to `dtype` (default: the compute dtype)."""
         if self.bias is not None:
-            y = y + self.bias.get_value()
+            y = y + jax.lax.broadcast_to_rank(self.bias.get_value(), y.ndim)
         return y.astype(dtype or self.compute_dtype)
 
 

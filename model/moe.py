@@ -110,14 +110,14 @@ class MoE(nnx.Module):
         if self.balance_bias is not None:
             preference = preference + jax.lax.stop_gradient(self.balance_bias.get_value())
         index = jax.lax.top_k(preference, self.per_token)[1]  # [B, T, K]
-        chosen = index[..., None] == jnp.arange(self.experts)  # [B, T, K, E]
+        chosen = index[..., None] == jnp.arange(self.experts)[None, None, None]  # [B, T, K, E]
         weight = jnp.where(chosen, scores[..., None, :], 0.0).sum(-1)
         if self.renormalize:
             weight = weight / (weight.sum(-1, keepdims=True) + 1e-20)
         mask = real.astype(jnp.float32)[..., None]
         entropy = -jnp.sum(jnp.where(shares > 0, shares * jnp.log(jnp.where(shares > 0, shares, 1.0)), 0.0), -1)
         routing = Routing(
-            load=jnp.sum(chosen * mask[..., None], (0, 1, 2)),
+            load=jnp.sum(jnp.where(chosen, mask[..., None], 0.0), (0, 1, 2)),
             probability=jnp.sum(shares * mask, (0, 1)),
             z=jnp.sum(jnp.square(jax.nn.logsumexp(logits, -1)) * mask[..., 0]),
             entropy=jax.lax.stop_gradient(jnp.sum(entropy * mask[..., 0])),

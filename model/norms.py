@@ -33,8 +33,9 @@ def _normalize(
     kind: str, eps: float, offset: float, x: jax.Array, scale: jax.Array, bias: jax.Array | None
 ) -> jax.Array:
     """Checkpointed: the backward pass computes the float32 intermediates again, which costs less than storing them."""
+    scale, bias = (w if w is None else jax.lax.broadcast_to_rank(w.astype(jnp.float32), x.ndim) for w in (scale, bias))
     y = x.astype(jnp.float32)
     if kind == "layernorm":
         y = y - y.mean(-1, keepdims=True)
-    y = y * jax.lax.rsqrt(jnp.square(y).mean(-1, keepdims=True) + eps) * (scale.astype(jnp.float32) + offset)
-    return (y if bias is None else y + bias.astype(jnp.float32)).astype(x.dtype)
+    y = y * jax.lax.rsqrt(jnp.square(y).mean(-1, keepdims=True) + eps) * (scale + offset)
+    return (y if bias is None else y + bias).astype(x.dtype)

@@ -64,4 +64,5 @@ class GatedCrossAttention(nnx.Module):
 
     @staticmethod
     def _open(gate: nnx.Param, h: jax.Array) -> jax.Array:
-        return jnp.tanh(gate.get_value().astype(jnp.float32)).astype(h.dtype)
+        opened = jnp.tanh(gate.get_value().astype(jnp.float32)).astype(h.dtype)
+        return jax.lax.broadcast_to_rank(opened, h.ndim)

@@ -108,7 +108,7 @@ def next_token_loss(logits: jax.Array, labels: jax.Array) -> jax.Array:
     counted = labels != IGNORED
     chosen = jnp.take_along_axis(logits, jnp.where(counted, labels, 0)[..., None], axis=-1)[..., 0]
     nll = jax.nn.logsumexp(logits, axis=-1) - chosen
-    return jnp.sum(jnp.where(counted, nll, 0.0)) / jnp.sum(counted)
+    return jnp.sum(jnp.where(counted, nll, 0.0)) / jnp.sum(counted, dtype=jnp.float32)
 
 
 def greedy(

@@ -182,7 +182,7 @@ def make_decoder(config: ModelConfig, graphdef: nnx.GraphDef, vocab_size: int, e
             cache, logits, source = prefill_decoder(model, config, tokens, lengths, slots, start_token)
         if config.kind == "encoder_decoder":  # The output alone counts from here on.
             lengths = jnp.ones_like(lengths)
-        in_prompt = (jnp.arange(t) < lengths[:, None]) & (config.kind == "decoder")  # [B, T]
+        in_prompt = (jnp.arange(t)[None] < lengths[:, None]) & (config.kind == "decoder")  # [B, T]
         seen = jnp.zeros((b, vocab_size), bool).at[jnp.arange(b)[:, None], tokens].max(in_prompt)
         rows = Rows(
             cache=cache,

@@ -46,7 +46,7 @@ def filtered(logits: jax.Array, top_k: jax.Array, top_p: jax.Array, min_p: jax.A
       min-p (arXiv:2407.01082): its probability is at least min_p times the highest.
     So the most probable token always stays, and equally probable tokens stay or go together.
     """
-    top_k = jnp.where(top_k > 0, top_k, jnp.inf)
+    top_k = jnp.where(top_k > 0, top_k.astype(logits.dtype), jnp.inf)
     logits = jnp.where(_is_high(logits, jnp.ones_like(logits), top_k), logits, -jnp.inf)
     top_p = jnp.where(top_p < 1, top_p, jnp.inf)
     logits = jnp.where(_is_high(logits, jax.nn.softmax(logits, axis=-1), top_p), logits, -jnp.inf)

@@ -118,7 +118,8 @@ def rotation(positions: jax.Array, frequencies: np.ndarray | jax.Array, magnitud
     """`magnitude` times cosine and sine of position * frequency, for positions [B, T], or [B, T, K / 2], one for each
     pair: two [B, T, 1, K / 2] arrays."""
     positions = positions[..., None] if positions.ndim == 2 else positions
-    angles = positions.astype(jnp.float32) * jnp.asarray(frequencies, jnp.float32)  # [B, T, K / 2]
+    frequencies = jax.lax.broadcast_to_rank(jnp.asarray(frequencies, jnp.float32), 3)
+    angles = positions.astype(jnp.float32) * frequencies  # [B, T, K / 2]
     cos, sin = jnp.cos(angles)[:, :, None], jnp.sin(angles)[:, :, None]
     return (cos, sin) if magnitude == 1.0 else (cos * magnitude, sin * magnitude)
 
@@ -130,7 +131,8 @@ def rotate(x: jax.Array, turn: Turn, interleaved: bool = False) -> jax.Array:
     """
     cos, sin = turn
     if interleaved:
-        even, odd = x[..., ::2], x[..., 1::2]
+        even, odd = x[..., ::2].astype(cos.dtype), x[..., 1::2].astype(cos.dtype)
         return jnp.stack([even * cos - odd * sin, even * sin + odd * cos], -1).reshape(x.shape).astype(x.dtype)
     cos, sin = jnp.concatenate([cos, cos], -1), jnp.concatenate([-sin, sin], -1)
-    return (x * cos + jnp.roll(x, x.shape[-1] // 2, -1) * sin).astype(x.dtype)
+    other = jnp.roll(x, x.shape[-1] // 2, -1)
+    return (x.astype(cos.dtype) * cos + other.astype(sin.dtype) * sin).astype(x.dtype)

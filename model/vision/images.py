@@ -70,5 +70,8 @@ def normalized(pixels: jax.Array, normalization: str) -> jax.Array:
     """uint8 pixels [..., channels] -> float32 with mean and deviation as NORMALIZATIONS; floats stay as they are."""
     if pixels.dtype != jnp.uint8:
         return pixels
-    mean, deviation = (np.float32(part)[: pixels.shape[-1]] for part in NORMALIZATIONS[normalization])
+    mean, deviation = (
+        jax.lax.broadcast_to_rank(np.float32(part)[: pixels.shape[-1]], pixels.ndim)
+        for part in NORMALIZATIONS[normalization]
+    )
     return (pixels.astype(jnp.float32) / 255 - mean) / deviation

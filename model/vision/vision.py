@@ -86,4 +86,4 @@ class Vision(nnx.Module):
 def _numbers(segments: jax.Array) -> jax.Array:
     """segments [B, N] of images -> [B, N] int32: how many of its own segment are before each."""
     before = jnp.tril(jnp.ones((segments.shape[1],) * 2, bool), -1)
-    return jnp.sum(before & (segments[:, :, None] == segments[:, None, :]), axis=-1, dtype=jnp.int32)
+    return jnp.sum(before[None] & (segments[:, :, None] == segments[:, None, :]), axis=-1, dtype=jnp.int32)

@@ -73,7 +73,7 @@ def sincos(positions: jax.Array, embed_dim: int) -> jax.Array:
     """positions [R, M, 2] -> [R, M, D] float32: sines and cosines of the column, then of the row, D / 4 of each
     (MoCo v3, arXiv:2104.02057, section 4.3)."""
     frequencies = 10_000.0 ** (-jnp.arange(embed_dim // 4, dtype=jnp.float32) / (embed_dim // 4))
-    angles = positions[..., ::-1, None].astype(jnp.float32) * frequencies  # [R, M, 2, D / 4]
+    angles = positions[..., ::-1, None].astype(jnp.float32) * frequencies[None, None, None]  # [R, M, 2, D / 4]
     return jnp.stack([jnp.sin(angles), jnp.cos(angles)], -2).reshape(*positions.shape[:2], embed_dim)
 
 

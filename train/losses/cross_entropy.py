@@ -99,7 +99,7 @@ def _forward(head, names, chunk_tokens, smoothing, z_loss, weights, hidden, targ
 
 
 def _backward(head, names, chunk_tokens, smoothing, z_loss, saved, cotangents):
-    d_weights, d_hidden = jax.tree.map(lambda d: (d * cotangents[0]).astype(d.dtype), saved)
+    d_weights, d_hidden = jax.tree.map(lambda d: (d.astype(jnp.float32) * cotangents[0]).astype(d.dtype), saved)
     return d_weights, d_hidden, None, None
 
 
@@ -169,6 +169,6 @@ def _terms(logits, targets, loss_weights, smoothing, z_loss):
         loss = loss + smoothing * (target_logit - logits.mean(-1))
     scale = (loss_weights * (1 + 2 * z_loss * log_z))[..., None]
     d_logits = jnp.exp(logits - log_z[..., None]) * scale - loss_weights[..., None] * (smoothing / vocab_size)
-    is_target = jnp.arange(vocab_size) == targets[..., None]
+    is_target = jnp.arange(vocab_size)[None, None] == targets[..., None]
     d_logits = jnp.where(is_target, d_logits - loss_weights[..., None] * (1 - smoothing), d_logits)
     return jnp.sum(loss * loss_weights), jnp.sum(nll * loss_weights), d_logits

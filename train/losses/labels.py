@@ -35,5 +35,7 @@ def label_sums(
     else:
         marks = targets * jnp.sign(loss_weights)[..., None]  # A row of padding has no answer.
         both = (jnp.argmax(logits, 1) == jnp.argmax(targets, 1)).all(-1)  # [B]
-        return -jnp.sum(marks * jax.nn.log_softmax(logits, axis=1)) / 2, jnp.sum(both * loss_weights.sum(1))
+        loss = -jnp.sum(marks * jax.nn.log_softmax(logits, axis=1).astype(marks.dtype)) / 2
+        return loss, jnp.sum(jnp.where(both, loss_weights.sum(1), 0.0))
+    loss, right = (a.astype(loss_weights.dtype) for a in (loss, right))
     return jnp.sum(loss * loss_weights), jnp.sum(right * loss_weights)
