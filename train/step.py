@@ -120,6 +120,7 @@ def abstract_batch(experiment: Experiment) -> Batch:
         image_positions=integers(rows, count, 2) if native else None,
         image_slots=whole if merges else None,
         images_seen=whole if merges else None,
+        rope_positions=integers(rows, tokens, 3) if merges and model.rope_sections else None,
         given=whole if merges else None,
     )
 
@@ -168,7 +169,8 @@ def loss_sums(
         if batch.images is not None:
             by_token = batch.image_slots, batch.images_seen, batch.given
             images = Images(batch.images, batch.image_segments, *by_token, batch.image_positions)
-        hidden, memory, routings = model.routed(batch.tokens, place, memory, keys, images=images)
+        turned = batch.rope_positions
+        hidden, memory, routings = model.routed(batch.tokens, place, memory, keys, positions=turned, images=images)
     else:
         hidden, _ = model(batch.tokens, place, key=keys, **extra)
     if experiment.objective.name in LABEL_HEADS:

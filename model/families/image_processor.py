@@ -36,9 +36,12 @@ PROCESSORS = {
     "Siglip": Usual(3),  # PaliGemma's too
     "Gemma3": Usual(2),
     "Idefics": Usual(3),
+    "Qwen2VL": Usual(3),
 }
+NATIVE = ("Qwen2VL",)  # of these, which keep the sizes that images have
 ENDING = r"(ImageProcessor|FeatureExtractor)(Fast|Pil)?$"
 FILTERS = {"2": "bilinear", "3": "bicubic"}
+PATCHES = 1024  # of all images of a row that keep their sizes, where a model is imported
 SQUASHED = 384  # pixels from which ConvNext's processor keeps no shape
 # What a file may ask for and nothing here does: what it says where it does not, and what is done here.
 FLAGS = {
@@ -85,7 +88,7 @@ def read(options: dict[str, Any], processor: str, vision: VisionConfig, origin: 
     name = re.sub(ENDING, "", kind)
     usual = PROCESSORS.get(name, PROCESSORS[processor])
     number = str(given.get("resample", usual.resample))
-    fit, lost = _fit(given, name, usual, vision)
+    fit, lost = _native(given, vision) if name in NATIVE else _fit(given, name, usual, vision)
     if name not in PROCESSORS:
         lost.append(f"image_processor_type={kind!r} (read as {processor}ImageProcessor)")
     if number not in FILTERS:
@@ -115,6 +118,18 @@ def _fit(given: dict[str, Any], name: str, usual: Usual, vision: VisionConfig) -
     if given.get("do_pad"):
         return "pad", [*lost, "do_pad=True with borders of its own (black)"]
     return "crop" if keeps else "squash", lost
+
+
+def _native(given: dict[str, Any], vision: VisionConfig) -> tuple[str, list[str]]:
+    """As `_fit` of a processor that keeps sizes within bounds: ours are data.patches, and a vector."""
+    size, side = given.get("size"), vision.patch_size
+    size = size if isinstance(size, dict) else {}
+    least = given.get("min_pixels", size.get("shortest_edge", 56**2))
+    most = given.get("max_pixels", size.get("longest_edge", 28**2 * 1280))
+    return "native", [
+        f"min_pixels={least} ({(side * vision.shrink) ** 2})",
+        f"max_pixels={most} ({PATCHES * side**2}, data.patches={PATCHES})",
+    ]
 
 
 def _share(given: dict[str, Any]) -> float:

@@ -28,6 +28,7 @@ from model.families.towers import TOWER_ACTIVATIONS
 from model.families.vit import named
 from model.generate.decode import Sight
 from model.kinds import build
+from model.positions.sections import shift, turns
 from model.vision.images import Images
 from model.weights import Weights, bind
 from tpu.errors import UserError
@@ -250,11 +251,8 @@ def _runs(kinds: np.ndarray) -> Iterator[tuple[int, slice]]:
 def positions(
     kinds: np.ndarray, mask: np.ndarray, image_grids: np.ndarray, video_grids: np.ndarray, merged: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Time, row and column that every token is turned by (section 2.1), [B, T, 3] int32, and [B] int32, deltas.
-
-    Tokens of a text count on in all three. An image that begins at p has (p + t, p + row, p + column) at its merged
-    patches, and the text after it goes on at p + the larger side of its grid, whatever t came to. Generated tokens are
-    turned by their number in the row plus the delta.
+    """Time, row and column that every token is turned by (`model.positions.sections.turns`), [B, T, 3] int32, and the
+    deltas [B] int32: generated tokens are turned by their number in the row plus the delta.
 
     Args:
       kinds: [B, T], 0 text, 1 image, 2 video. mask: [B, T] bool, False at padding, which gets 0.
@@ -266,12 +264,11 @@ def positions(
     grids = {1: iter(image_grids.tolist()), 2: iter(video_grids.tolist())}
     found, deltas = np.zeros((*kinds.shape, 3), np.int32), np.zeros(len(kinds), np.int32)
     for row, there in enumerate(mask):
-        parts, begin = [np.zeros((0, 3), int)], 0
+        runs: list[int | tuple[int, int, int]] = []
         for kind, place in _runs(kinds[row][there]):
             length = place.stop - place.start
             if not kind:
-                parts.append(begin + np.repeat(np.arange(length)[:, None], 3, 1))
-                begin += length
+                runs.append(length)
                 continue
             t, h, w = next(grids[kind], (0, 0, 0))
             if t * h * w != length * merged**2:
@@ -280,11 +277,9 @@ def positions(
                     f"inputs: input_ids: row {row} has a run of {length} placeholders of {name}s, and the next of "
                     f"{grid_name}, {[t, h, w]}, gives {t * h * w // merged**2} vectors; two need a token between"
                 )
-            parts.append(begin + np.indices((t, h // merged, w // merged)).reshape(3, -1).T)
-            begin += max(h, w) // merged
-        turned = np.concatenate(parts)
-        found[row, there] = turned
-        deltas[row] = turned.max(initial=-1) + 1 - len(turned)
+            runs.append((t, h // merged, w // merged))
+        found[row, there] = turned = turns(runs)
+        deltas[row] = shift(turned)
     return found, deltas
 
 
@@ -360,4 +355,5 @@ FAMILY = Family(
     prefix="",
     ignored=rf"{llama.FAMILY.ignored}|visual\.rotary_pos_emb\.inv_freq",
     objective="conversation",
+    image_processor="Qwen2VL",
 )

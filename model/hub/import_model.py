@@ -106,6 +106,8 @@ def import_model(source: pathlib.Path, workdir: pathlib.Path, dtype: str) -> Non
     if opened.family.image_processor:
         images = image_processor.of_directory(source, opened.family.image_processor, opened.model.vision)
         data = dataclasses.replace(data, image_fit=images.fit, image_resample=images.resample)
+        if images.fit == "native":
+            data = dataclasses.replace(data, patches=image_processor.PATCHES)
     experiment = resolve(
         Experiment(
             name=source.resolve().name,

@@ -77,6 +77,8 @@ class Vision(nnx.Module):
         if self.needs_one_size:
             raise UserError(f"{self.needs_one_size}: not with images of several sizes in one row")
         x = normalized(images.pixels, self.encoder.normalization)
+        if x.ndim == 5 and self.encoder.temporal_patch > 1:  # still images
+            x = jnp.repeat(x[:, :, None], self.encoder.temporal_patch, axis=2)
         h = self.encoder.vit(x, images.segments, images.positions)
         h = self.connector(h, None, images.segments)
         ones = jnp.ones(h.shape[:2], jnp.int32)

@@ -25,6 +25,7 @@ class Batch(NamedTuple):
     image_positions: Any = None  # [B, M, 2] int32, row and column of a packed patch in its image
     image_slots: Any = None  # [B, T] int32, which of the row's image vectors stands at a token, -1 for none (merge)
     images_seen: Any = None  # [B, T] int32, images of the row up to and with this token
+    rope_positions: Any = None  # [B, T, 3] int32, time, row and column of a token (model.rope_sections)
     given: Any = None  # [B, T] int32, 1 before the first token of a document that is to be answered
 
 
@@ -37,5 +38,6 @@ BY_TOKEN = (
     "token_types",
     "image_slots",
     "images_seen",
+    "rope_positions",
     "given",
 )  # fields with a second dimension T

@@ -14,12 +14,13 @@ from model.config import ModelConfig
 from model.generate.decode import NO_TOKEN, Sight, decoding_weights, make_decoder, row_keys, slots_for
 from model.generate.sampling import Sampling
 from model.kinds import build
+from model.positions.sections import shift
 from model.vision.images import Images
 from model.weights import Weights
 from train.config import DataConfig
+from train.data.chat.packing import assembly_of
 from train.data.chat.record import IMAGE, Conversation
-from train.data.chat.rows import assembly_of
-from train.data.chat.template import Tokens, tokenize
+from train.data.chat.template import Tokens, rope_positions, tokenize
 from train.data.images.look import Looked, look
 from train.data.made.made import answer
 from train.data.text.tokenizer import Tokenizer
@@ -101,7 +102,13 @@ def prompts(
             given=(np.arange(width) < given[:, None]).astype(np.int32),
             positions=fields.get("image_positions"),
         )
-        return Sight(images)
+        if not config.rope_sections:
+            return Sight(images)
+        turned = [rope_positions(run, one.grids) for run, one in zip(runs, looked, strict=True)]
+        at = np.zeros((len(runs), width, 3), np.int32)
+        for row, of in zip(at, turned, strict=True):
+            row[: len(of)] = of
+        return Sight(images, at, np.array([shift(of) for of in turned], np.int32))
 
     return runs, sight
 

@@ -165,7 +165,7 @@ def test_what_cannot_be_said_is_named(name):
 def test_no_file_is_too_strange_to_read(value):
     for name in ("size", "crop_size", "resample", "crop_pct", "image_mean", "do_pad", "image_processor_type"):
         for processor in PROCESSORS:
-            assert prepared({name: value}, processor, "half").fit in ("squash", "crop", "pad")
+            assert prepared({name: value}, processor, "half").fit in ("squash", "crop", "pad", "native")
 
 
 def test_where_it_is_said(tmp_path):
@@ -186,10 +186,19 @@ def test_where_it_is_said(tmp_path):
         written("processor_config.json", [])
 
 
+def test_a_processor_that_keeps_sizes_says_its_bounds():
+    vision = VisionConfig(image_size=224, patch_size=14, connector="merger", normalization="clip").resolved(8)
+    found = read({"max_pixels": 1000}, "Qwen2VL", vision, "here")
+    assert (found.fit, found.resample) == ("native", "bicubic")
+    assert found.lost == ("min_pixels=3136 (784)", "max_pixels=1000 (200704, data.patches=1024)")
+    assert read({"size": {"longest_edge": 9}}, "Qwen2VL", vision, "").lost[1].startswith("max_pixels=9 ")
+
+
 def test_families_whose_images_rows_can_hold_name_a_processor():
     without = {family.model_type for family in FAMILIES if not family.image_processor}
-    assert without.isdisjoint({"clip", "siglip", "llava", "paligemma", "gemma3", "vit", "resnet", "idefics"})
-    assert "qwen2_vl" in without
+    assert without.isdisjoint(
+        {"clip", "siglip", "llava", "paligemma", "gemma3", "vit", "resnet", "idefics", "qwen2_vl"}
+    )
     assert {family.image_processor for family in FAMILIES} - {""} <= PROCESSORS.keys()
 
 

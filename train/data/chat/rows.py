@@ -21,25 +21,16 @@ from model.config import ModelConfig
 from tpu.errors import UserError
 from train.config import DataConfig
 from train.data.batch import Batch
+from train.data.chat import packing
 from train.data.chat import sources as image_text
-from train.data.chat.record import Conversation
-from train.data.chat.skipping import Skipping
-from train.data.chat.template import Assembly, row_fields, tokenize
+from train.data.chat.record import Conversation, Side
+from train.data.chat.skipping import Skipping, walk
 from train.data.images.look import look
 from train.data.made import made
 from train.data.text.sources import is_held_out
 from train.data.text.tokenizer import Tokenizer
 
 MADE_TRAIN, MADE_HELD_OUT = 2**20, 512  # records of a source that is made here
-
-
-@dataclasses.dataclass(frozen=True)
-class Side:
-    """The training or the held-out records of one source: `length` of them, and the conversation of each."""
-
-    length: int
-    read: Callable[[int], Conversation]
-    text: Callable[[int], Conversation]  # the same with anything in place of images, which costs less
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,6 +42,7 @@ class ConversationSource:
     held_out: Side
     digest: str
     names: tuple[str, ...] = ()  # of all classes, where the source lists them
+    alone: bool = False  # whether each record has a row to itself, for it costs too much to know its size, or is known
 
 
 def open_source(name: str, data: DataConfig, size: int) -> ConversationSource:
@@ -63,7 +55,7 @@ def open_source(name: str, data: DataConfig, size: int) -> ConversationSource:
             return Side(length, read, read)
 
         held_out = side("test", MADE_HELD_OUT if data.holdout else 0)
-        return ConversationSource(name, side("train", MADE_TRAIN), held_out, made.digest())
+        return ConversationSource(name, side("train", MADE_TRAIN), held_out, made.digest(), alone=True)
     found = image_text.open_source(name, data, image_field=data.image_field, text_field=data.caption_field)
     numbers: dict[bool, list[int]] = {False: [], True: []}
     for index in range(len(found)):
@@ -73,52 +65,53 @@ def open_source(name: str, data: DataConfig, size: int) -> ConversationSource:
         chosen = np.array(numbers[held_out], np.int64)
         return Side(len(chosen), lambda index: found[int(chosen[index])], lambda index: found.text(int(chosen[index])))
 
-    return ConversationSource(name, of(False), of(True), found.digest, found.names)
-
-
-def assembly_of(data: DataConfig) -> Assembly:
-    """How rows are made."""
-    return Assembly(data.context, data.user_format, data.assistant_format)
+    alone = name.startswith("tfds:") and data.images == 1 and data.image_fit != "native"
+    return ConversationSource(name, of(False), of(True), found.digest, found.names, alone)
 
 
 class Rows(Sequence[Batch]):
-    """Rows of one side of a source, made on access; good ones stand in for the few that cannot be read."""
+    """Rows of one side of a source, made on access of what stands in each; the few bad records are left out, and good
+    rows stand in for those that have no other."""
 
-    def __init__(self, name: str, side: Side, make: Callable[[Conversation, Counter[str]], Batch], data: DataConfig):
-        """name: of source and side in messages; make: a row, adding to the counter what it left out."""
+    def __init__(
+        self,
+        name: str,
+        side: Side,
+        make: Callable[[Conversation, Counter[str]], Any],
+        data: DataConfig,
+        join: Callable[[list[Any]], Batch] = lambda parts: parts[0],
+        groups: Sequence[Sequence[int]] | None = None,
+    ):
+        """name: of source and side in messages; make: of a record what `join` makes a row of, adding to the counter
+        what it left out; groups: the records of each row; None: one in each."""
         self.name, self.made = name, 0  # rows
         self._cut: Counter[str] = Counter()
-        self._rows = good(side, data, lambda conversation: make(conversation, self._cut))
+        self._records = good(side, data, lambda conversation: make(conversation, self._cut))
+        self._join, self._groups = join, groups
 
     def __len__(self) -> int:
-        return len(self._rows)
+        return len(self._records) if self._groups is None else len(self._groups)
 
     def __getitem__(self, index: int) -> Batch:
-        row = self._rows[int(index)]
-        self.made += 1
-        return row
+        if not 0 <= index < len(self):
+            raise IndexError(index)
+        for row in walk(int(index), len(self)):
+            numbers = (row,) if self._groups is None else self._groups[row]
+            if parts := [part for number in numbers if (part := self._records.get(number)) is not None]:
+                self.made += 1
+                return self._join(parts)
+        raise self._records.none_good()
 
     def left_out(self) -> Counter[str]:
         """What was left out since the process began: rows that were cut, and records read over, by what is wrong."""
-        return self._cut + self._rows.reasons
+        return self._cut + self._records.reasons
 
 
 def conversation_row(
     conversation: Conversation, tokenizer: Tokenizer, data: DataConfig, model: ModelConfig, counts: Counter[str]
 ) -> Batch:
     """A row [T] that learns what the assistant says. Raises UserError for a conversation that makes none."""
-    sees, vectors, images = model.vision.encoder != "none", (), {}
-    if not sees and conversation.images:
-        raise UserError(f"{conversation.key}: has images, and model.vision.encoder='none' cannot see")
-    if sees:
-        conversation, vectors, images = look(conversation, data, model)
-    tokens = tokenize(conversation, vectors, tokenizer, assembly_of(data))
-    if not any(tokens.learned):
-        raise UserError(f"{conversation.key}: the assistant says nothing")
-    if tokens.cut:
-        counts["cut_conversations"] += 1
-    fields = row_fields(tokens, assembly_of(data))
-    return Batch(**{name: fields[name] for name in fields if sees or name in Batch._fields[:5]}, **images)
+    return packing.joined([packing.part(conversation, tokenizer, data, model, counts)], data, model)
 
 
 def last_answer(conversation: Conversation) -> str:
@@ -213,11 +206,17 @@ def load(data: DataConfig, objective: str, model: ModelConfig, tokenizer: Tokeni
         names = class_names(sources, model.labels, data)
     numbers = {name: number for number, name in enumerate(names)}
 
-    def make(conversation: Conversation, counts: Counter[str]) -> Batch:
+    def make(conversation: Conversation, counts: Counter[str]) -> Any:
         if objective == "image_classification":
             return class_row(conversation, numbers, data, model)
-        row = caption_row if objective == "contrastive" else conversation_row
-        return row(conversation, tokenizer, data, model, counts)
+        part = caption_row if objective == "contrastive" else packing.part
+        return part(conversation, tokenizer, data, model, counts)
+
+    def rows(source: ConversationSource, name: str, side: Side) -> Rows:
+        if objective != "conversation":
+            return Rows(name, side, make, data)
+        groups = None if source.alone else packing.groups(side, (source.digest, name), tokenizer, data, model)
+        return Rows(name, side, make, data, lambda parts: packing.joined(parts, data, model), groups)
 
     def count(side: Side) -> dict[str, int]:
         return {"documents": side.length, "bytes": 0, "tokens": 0}
@@ -231,8 +230,8 @@ def load(data: DataConfig, objective: str, model: ModelConfig, tokenizer: Tokeni
         }
         for s in sources
     ]
-    train = [Rows(f"{s.name}, train", s.train, make, data) for s in sources]
-    held_out = [Rows(f"{s.name}, held out", s.held_out, make, data) for s in sources]
+    train = [rows(s, f"{s.name}, train", s.train) for s in sources]
+    held_out = [rows(s, f"{s.name}, held out", s.held_out) for s in sources]
     return Conversations(train, held_out, names, reports)
 
 

@@ -7,7 +7,7 @@ import math
 import re
 import threading
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from tpu.errors import UserError
@@ -29,9 +29,8 @@ class Skipping:
         """read: gives one of `length` records, or raises UserError for a bad one; max_bad_fraction: of those read."""
         self.reasons: Counter[str] = Counter()  # bad records by what is wrong with them
         self._read, self._length, self._max_bad_fraction = read, length, max_bad_fraction
-        self._stride = _stride(length)
         self._bad: set[int] = set()
-        self._reads = 0
+        self._reads, self._last = 0, ""
         self._lock = threading.Lock()
 
     def __len__(self) -> int:
@@ -40,28 +39,34 @@ class Skipping:
     def __getitem__(self, index: int) -> Any:
         """The record of `index`, or of the first good one on a walk from there that comes to all.
 
-        Raises UserError where more records are bad than `max_bad_fraction` of those read, and more than TOLERATED, at
-        the first where the fraction is 0, and where there is no good one.
+        Raises UserError as `get`, and where there is no good one.
         """
         if not 0 <= index < self._length:
             raise IndexError(index)
-        last = ""
-        for step in range(self._length):
-            candidate = (index + step * self._stride) % self._length
-            try:
-                record = self._read(candidate)
-            except UserError as error:
-                last = str(error)
-                self._count(candidate, last)
-                continue
-            with self._lock:
-                self._reads += 1
-            return record
-        raise UserError(f"none of the {self._length} records can be read; the last: {last}")
+        for candidate in walk(index, self._length):
+            if (record := self.get(candidate)) is not None:
+                return record
+        raise self.none_good()
+
+    def get(self, index: int) -> Any | None:
+        """The record of `index` alone; None where it is bad. Raises UserError where more records are bad than
+        `max_bad_fraction` of those read, and more than TOLERATED, at the first where the fraction is 0."""
+        try:
+            record = self._read(index)
+        except UserError as error:
+            self._count(index, str(error))
+            return None
+        with self._lock:
+            self._reads += 1
+        return record
+
+    def none_good(self) -> UserError:
+        """What is to be raised where all records are bad."""
+        return UserError(f"none of the {self._length} records can be read; the last: {self._last}")
 
     def _count(self, index: int, message: str) -> None:
         with self._lock:
-            self._reads += 1
+            self._reads, self._last = self._reads + 1, message
             if index not in self._bad:
                 self._bad.add(index)
                 self.reasons[_reason(message)] += 1
@@ -74,12 +79,12 @@ class Skipping:
                 )
 
 
-def _stride(length: int) -> int:
-    """About the golden section of `length`, and without a common divisor, so that steps of it spread, and reach all."""
+def walk(index: int, length: int) -> Iterator[int]:
+    """All numbers below `length` from `index` on, in steps of about its golden section: they spread, and reach all."""
     stride = round(length * (math.sqrt(5) - 1) / 2)
     while math.gcd(stride, length) > 1:
         stride += 1
-    return stride
+    return ((index + step * stride) % length for step in range(length))
 
 
 def _reason(message: str) -> str:

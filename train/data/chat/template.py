@@ -1,6 +1,7 @@
-"""From a conversation to a row: the one place where texts, images and frames become tokens and places for images.
+"""From conversations to a row: the one place where texts, images and frames become tokens and places for images.
 
-A row is [end of document, user, assistant, end of document, user, ...]. Where an image stands in a text, a model that
+A conversation is [end of document, user, assistant, end of document, user, ...], and a row holds one or several, each a
+segment of its own. Where an image stands in a text, a model that
 merges images gets as many tokens as the image has vectors, and any other none: there an image has been seen by the
 tokens after it. What the assistant says, with what its format has after that, and the end, is learned; all else is
 given. Frames of a video stand one after the other, each with its time before it.
@@ -13,11 +14,13 @@ Legend: T tokens per row.
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
 
+from model.positions.sections import turns
 from tpu.errors import UserError
 from train.data.chat.record import IMAGE, Conversation
 from train.data.text.tokenizer import Tokenizer
@@ -40,6 +43,7 @@ class Tokens(NamedTuple):
     seen: list[int]  # images up to and with this token
     learned: list[bool]  # whether the assistant is to say it
     cut: bool = False  # whether something at the end was left out
+    vectors: tuple[int, ...] = ()  # of each image
 
 
 def tokenize(
@@ -85,7 +89,7 @@ def tokenize(
             add(tokenizer.encode(piece) if piece else [], -1, of_assistant)
         if of_assistant:
             add([end], -1, True)
-    return _fitted(Tokens(ids, slots, seen, learned), conversation, assembly, answer)
+    return _fitted(Tokens(ids, slots, seen, learned, vectors=tuple(vectors)), conversation, assembly, answer)
 
 
 def _fitted(tokens: Tokens, conversation: Conversation, assembly: Assembly, answer: bool) -> Tokens:
@@ -100,26 +104,53 @@ def _fitted(tokens: Tokens, conversation: Conversation, assembly: Assembly, answ
             f"{conversation.key}: its images and questions take {len(tokens.ids)} tokens; data.context="
             f"{assembly.context} (images alone take {sum(slot >= 0 for slot in tokens.slots)})"
         )
-    return Tokens(*(part[:room] for part in tokens[:4]), cut=True)
+    return Tokens(*(part[:room] for part in tokens[:4]), cut=True, vectors=tokens.vectors)
 
 
-def row_fields(tokens: Tokens, assembly: Assembly) -> dict[str, np.ndarray]:
-    """The fields of a `train.data.batch.Batch` [T] that tokens with their answers make, padded to T."""
-    T, count = assembly.context, len(tokens.ids) - 1
-    given = tokens.learned.index(True) if True in tokens.learned else len(tokens.ids)
+def rope_positions(tokens: Tokens, grids: Sequence[tuple[int, int]]) -> np.ndarray:
+    """Time, row and column that each token is turned by with model.rope_sections, [tokens, 3] int32.
 
-    def padded(values: list[int], fill: int = 0) -> np.ndarray:
-        return np.array([*values[:T], *[fill] * (T - min(T, len(values)))], np.int32)
+    grids: rows and columns of each image's vectors. An image lies at one time.
+    """
+    runs, at, shown = [], 0, iter(grids)
+    while at < len(tokens.ids):
+        grid = next(shown) if tokens.slots[at] >= 0 else None
+        runs.append((1, *grid) if grid else 1)
+        at += math.prod(grid) if grid else 1
+    return turns(runs)
 
-    weights = np.zeros(T, np.float32)
-    weights[:count] = tokens.learned[1:]
-    return {
-        "tokens": padded(tokens.ids[:-1]),
-        "targets": padded(tokens.ids[1:]),
-        "loss_weights": weights,
-        "segments": padded([1] * count),
-        "positions": padded(list(range(count))),
-        "image_slots": padded(tokens.slots[:-1], -1),
-        "images_seen": padded(tokens.seen[:-1]),
-        "given": padded([1] * min(given, count)),
-    }
+
+def row_fields(
+    parts: Sequence[Tokens], assembly: Assembly, turned: Sequence[np.ndarray] | None = None
+) -> dict[str, np.ndarray]:
+    """The fields of a `train.data.batch.Batch` [T] of conversations with their answers, one after the other, padded to
+    T. Their images are those of the row in the same order.
+
+    turned: `rope_positions` of each, with model.rope_sections.
+    """
+    fields = {name: [] for name in ("tokens", "targets", "loss_weights", "segments", "positions")}
+    fields |= {name: [] for name in ("image_slots", "images_seen", "given")}
+    vectors, images = 0, 0  # of the parts before
+    for number, part in enumerate(parts, start=1):
+        count = len(part.ids) - 1
+        given = part.learned.index(True) if True in part.learned else len(part.ids)
+        fields["tokens"] += part.ids[:-1]
+        fields["targets"] += part.ids[1:]
+        fields["loss_weights"] += part.learned[1:]
+        fields["segments"] += [number] * count
+        fields["positions"] += range(count)
+        fields["image_slots"] += [slot + vectors if slot >= 0 else -1 for slot in part.slots[:-1]]
+        fields["images_seen"] += [seen + images for seen in part.seen[:-1]]
+        fields["given"] += [1] * min(given, count) + [0] * (count - given)
+        vectors, images = vectors + sum(part.vectors), images + len(part.vectors)
+    T, used = assembly.context, len(fields["tokens"])
+
+    def padded(name: str) -> np.ndarray:
+        dtype, fill = np.float32 if name == "loss_weights" else np.int32, -1 if name == "image_slots" else 0
+        return np.array([*fields[name], *[fill] * (T - used)], dtype)
+
+    row = {name: padded(name) for name in fields}
+    if turned is not None:
+        row["rope_positions"] = np.zeros((T, 3), np.int32)
+        row["rope_positions"][:used] = np.concatenate([part[:-1] for part in turned])
+    return row

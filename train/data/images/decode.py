@@ -74,6 +74,15 @@ def decode(source: Source, limits: Limits = Limits(), name: str = "image") -> np
         return _pixels(image)
 
 
+def size(source: Source, limits: Limits = Limits(), name: str = "image") -> tuple[int, int]:
+    """The two sides of an image as they are in its file, from the header alone: height and width, or the other way
+    round where EXIF turns it. Raises UserError as `decode` does for a header."""
+    if isinstance(source, np.ndarray):
+        return source.shape[:2]
+    with _opened(source, limits, _named(source, name)) as image:
+        return image.height, image.width
+
+
 def frames(
     source: Source, count: int, limits: Limits = Limits(), name: str = "image"
 ) -> tuple[list[np.ndarray], list[float]]:

@@ -19,6 +19,7 @@ from typing import NamedTuple
 import numpy as np
 
 from model.config import ModelConfig
+from model.fields.vision import VisionConfig
 from tpu.errors import UserError
 from train.config import DataConfig
 from train.data.chat.record import IMAGE, Conversation
@@ -33,6 +34,7 @@ class Looked(NamedTuple):
     conversation: Conversation
     vectors: tuple[int, ...]
     fields: dict[str, np.ndarray]  # of a `train.data.batch.Batch`: images, image_segments and, packed, image_positions
+    grids: tuple[tuple[int, int], ...] = ()  # of each image the rows and columns of its vectors
 
 
 def look(conversation: Conversation, data: DataConfig, model: ModelConfig) -> Looked:
@@ -40,12 +42,6 @@ def look(conversation: Conversation, data: DataConfig, model: ModelConfig) -> Lo
 
     Where images do not stand in the text (fusions other than merge) they give it no vectors.
     """
-    if conversation.images and (model.rope_sections or model.vision.temporal_patch > 1):
-        raise UserError(
-            f"{conversation.key}: has images, and rows made of them have no positions in time, row and column, which "
-            f"model.rope_sections={model.rope_sections}, model.vision.temporal_patch={model.vision.temporal_patch} "
-            "(Qwen2-VL) ask for; `python -m model.hub run` takes images for such a model"
-        )
     limits = Limits(megapixels=data.max_megapixels)
     if data.frames and not conversation.times:
         conversation = _with_frames(conversation, data, limits)
@@ -57,12 +53,20 @@ def look(conversation: Conversation, data: DataConfig, model: ModelConfig) -> Lo
         conversation, decoded = _with_tiles(conversation, decoded, data, model)
     _check(conversation, data, model)
     if data.image_fit == "native":
-        grids, fields = _packed(conversation.key, decoded, data, model)
-        vectors = [rows * columns // model.vision.shrink**2 for rows, columns in grids]
+        patched, fields = _packed(conversation.key, decoded, data, model)
+        grids = tuple((rows // model.vision.shrink, columns // model.vision.shrink) for rows, columns in patched)
     else:
         fields = _whole(conversation.key, decoded, data, model)
-        vectors = [model.vision.vectors] * len(decoded)
-    return Looked(conversation, tuple(vectors) if model.fusion == "merge" else (0,) * len(vectors), fields)
+        grids = (vector_grid(model.vision),) * len(decoded)
+    merges = model.fusion == "merge"
+    return Looked(conversation, tuple(math.prod(grid) if merges else 0 for grid in grids), fields, grids)
+
+
+def vector_grid(vision: VisionConfig) -> tuple[int, int]:
+    """Rows and columns of the vectors of an image of vision.image_size; those that have no place in it are one row."""
+    if vision.connector == "perceiver" or vision.keep_class:
+        return 1, vision.vectors
+    return vision.grid // vision.shrink, vision.columns // vision.shrink
 
 
 def _check(conversation: Conversation, data: DataConfig, model: ModelConfig) -> None:
@@ -78,7 +82,7 @@ def _check(conversation: Conversation, data: DataConfig, model: ModelConfig) -> 
         )
 
 
-def _expanded(conversation: Conversation, counts: list[int]) -> Conversation:
+def expanded(conversation: Conversation, counts: list[int]) -> Conversation:
     """The conversation with as many placeholders in place of each as `counts` says."""
     left, turns = iter(counts), []
     for turn in conversation.turns:
@@ -100,22 +104,27 @@ def _with_frames(conversation: Conversation, data: DataConfig, limits: Limits) -
         (images, times) if moving else (images[:1], times[:1])
         for (images, times), moving in zip(found, moves, strict=True)
     ]
-    return _expanded(conversation, [len(images) for images, _ in kept])._replace(
+    return expanded(conversation, [len(images) for images, _ in kept])._replace(
         images=tuple(image for images, _ in kept for image in images),
         times=tuple(time for _, times in kept for time in times),
     )
 
 
+def tile_grids(data: DataConfig) -> list[tuple[int, int]]:
+    """The grids of tiles, rows and columns, that an image may be cut into."""
+    most = range(1, data.max_tiles + 1)
+    return [(rows, columns) for rows in most for columns in most if rows * columns <= data.max_tiles]
+
+
 def _with_tiles(
     conversation: Conversation, decoded: list[np.ndarray], data: DataConfig, model: ModelConfig
 ) -> tuple[Conversation, list[np.ndarray]]:
-    most = range(1, data.max_tiles + 1)
-    grids = [(rows, columns) for rows in most for columns in most if rows * columns <= data.max_tiles]
+    grids = tile_grids(data)
     tiles = [image_layout.tiles(image, model.vision.image_size, grids, method=data.image_resample) for image in decoded]
     images = [tile for of_image in tiles for tile in of_image]
-    expanded = _expanded(conversation, [len(of_image) for of_image in tiles])
+    placed = expanded(conversation, [len(of_image) for of_image in tiles])
     times = [time for time, of_image in zip(conversation.times, tiles, strict=False) for _ in of_image]
-    return expanded._replace(images=tuple(images), times=tuple(times)), images
+    return placed._replace(images=tuple(images), times=tuple(times)), images
 
 
 def _whole(key: str, decoded: list[np.ndarray], data: DataConfig, model: ModelConfig) -> dict[str, np.ndarray]:
@@ -142,6 +151,12 @@ def _channels(image: np.ndarray, channels: int) -> np.ndarray:
     return image if channels == 3 else image.mean(-1, keepdims=True).round().astype(np.uint8)
 
 
+def native_size(height: int, width: int, images: int, data: DataConfig, vision: VisionConfig) -> tuple[int, int]:
+    """What an image becomes that shares data.patches with all `images` of its conversation. Raises UserError."""
+    factor, each = vision.patch_size * vision.shrink, max(vision.shrink**2, data.patches // max(1, images))
+    return image_layout.smart_resize(height, width, factor, factor**2, each * vision.patch_size**2)
+
+
 def _packed(
     key: str, decoded: list[np.ndarray], data: DataConfig, model: ModelConfig
 ) -> tuple[list[tuple[int, int]], dict[str, np.ndarray]]:
@@ -151,12 +166,11 @@ def _packed(
     """
     vision = model.vision
     side, near, length = vision.patch_size, vision.shrink, data.patches
-    factor, each = side * near, max(near**2, data.patches // max(1, len(decoded)))
     packed = np.zeros((length, side, side, vision.channels), np.uint8)
     positions, segments, grids, start = np.zeros((length, 2), np.int32), np.zeros(length, np.int32), [], 0
     for number, image in enumerate(decoded, start=1):
         with _of(key, number):
-            height, width = image_layout.smart_resize(*image.shape[:2], factor, factor**2, each * side**2)
+            height, width = native_size(*image.shape[:2], len(decoded), data, vision)
         resized = resize(image, height, width, data.image_resample)
         cut, grid = image_layout.patches(_channels(resized, vision.channels), side)
         if start + len(cut) > length:

@@ -14,7 +14,7 @@ import json
 import os
 import tempfile
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
@@ -139,6 +139,17 @@ def digest(settings: Any) -> str:
     for module in ("python_docs", "sources", "tokenizer", "cache"):
         content.update(Path(__file__).with_name(f"{module}.py").read_bytes())
     return content.hexdigest()
+
+
+def array(data: DataConfig, name: str, make: Callable[[], np.ndarray]) -> np.ndarray:
+    """The array of that name, a hash of all that `make` depends on, from the cache or into it."""
+    try:
+        return np.load(cache_folder(data) / name)
+    except (OSError, ValueError, EOFError):  # not there, or damaged
+        made = make()
+        with _new_file(data, name) as file:
+            np.save(file, made)
+        return made
 
 
 def cache_folder(data: DataConfig) -> Path:

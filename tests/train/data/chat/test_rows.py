@@ -14,8 +14,8 @@ from model.config import ModelConfig, VisionConfig
 from tpu.errors import UserError
 from train.config import DataConfig
 from train.data import pipeline
-from train.data.chat.record import IMAGE, Conversation, Turn
-from train.data.chat.rows import ConversationSource, Side, class_names, open_source
+from train.data.chat.record import IMAGE, Conversation, Side, Turn
+from train.data.chat.rows import ConversationSource, class_names, open_source
 from train.data.corpus import load_corpus, log_left_out
 
 DATA = DataConfig(holdout=0.0)

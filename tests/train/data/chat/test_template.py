@@ -56,7 +56,7 @@ def test_a_conversation_with_two_images_and_two_answers():
 
 def test_the_row_of_it():
     tokens = tokens_of(conversation(("user", f"{IMAGE}q"), ("assistant", "yes")))
-    row = row_fields(tokens, PLAIN)
+    row = row_fields([tokens], PLAIN)
     count = len(tokens.ids) - 1
     assert all(array.shape == (64,) for array in row.values())
     assert row["tokens"][:count].tolist() == tokens.ids[:-1]
@@ -85,7 +85,7 @@ def test_formats_stand_around_the_text_and_what_is_before_an_answer_is_given():
     tokens = tokens_of(conversation(("user", f"{IMAGE}x"), ("assistant", "y")), assembly=assembly)
     assert said(tokens) == "|Q: ***x A: y!|"
     assert "".join("x" if learned else "." for learned in tokens.learned) == "............xxx"
-    assert row_fields(tokens, assembly)["given"].sum() == 12
+    assert row_fields([tokens], assembly)["given"].sum() == 12
     prompt = tokens_of(conversation(("user", f"{IMAGE}x"), ("assistant", "y")), assembly=assembly, answer=False)
     assert said(prompt) == "|Q: ***x A: "
 
@@ -120,7 +120,7 @@ def test_any_conversation_is_whole_cut_in_its_text_or_refused(record, vectors, c
     assert tuple(part[: len(tokens.ids)] for part in whole[:4]) == tuple(tokens[:4])
     slots = [slot for slot in tokens.slots if slot >= 0]
     assert slots == list(range(vectors * len(record.images)))  # every image whole, in order
-    row = row_fields(tokens, assembly)
+    row = row_fields([tokens], assembly)
     assert [slot for slot in row["image_slots"] if slot >= 0] == slots
     assert row["loss_weights"].sum() == sum(tokens.learned[1:]) > 0
     assert row["given"].sum() == first
@@ -163,7 +163,7 @@ def test_a_prompt_is_not_cut():
 
 
 def test_padding_is_nobodys():
-    row = row_fields(tokens_of(conversation(("user", "q"), ("assistant", "a"))), PLAIN)
+    row = row_fields([tokens_of(conversation(("user", "q"), ("assistant", "a")))], PLAIN)
     padding = row["segments"] == 0
     assert padding.sum() == 64 - 4
     for name, fill in (("image_slots", -1), ("loss_weights", 0), ("given", 0), ("positions", 0)):

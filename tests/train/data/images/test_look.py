@@ -41,7 +41,7 @@ def gif(frames: list[np.ndarray], milliseconds: int) -> bytes:
 
 
 def test_squares():
-    conversation, vectors, fields = look(about(noise(16, 16), noise(40, 20)), DATA, MODEL)
+    conversation, vectors, fields, _ = look(about(noise(16, 16), noise(40, 20)), DATA, MODEL)
     assert vectors == (16, 16)
     assert conversation.turns[0].text == f"{IMAGE}{IMAGE}what?"
     assert fields["images"].shape == (4, 16, 16, 3)
@@ -78,7 +78,7 @@ def test_tiles_are_an_overview_and_the_parts():
     image = np.zeros((32, 64, 3), np.uint8)
     image[:, 32:] = 200
     data = dataclasses.replace(DATA, image_fit="tiles", images=5, max_tiles=4)
-    conversation, vectors, fields = look(about(image), data, MODEL)
+    conversation, vectors, fields, _ = look(about(image), data, MODEL)
     count = int(fields["image_segments"].sum())
     assert conversation.turns[0].text == IMAGE * count + "what?"
     assert vectors == (16,) * count
@@ -96,14 +96,14 @@ def test_more_tiles_than_a_row_holds_are_refused():
 def test_the_tiles_of_a_frame_have_its_time():
     frames = [np.full((16, 32, 3), value, np.uint8) for value in (0, 200)]
     data = dataclasses.replace(DATA, image_fit="tiles", images=6, max_tiles=2, frames=2)
-    conversation, _, _ = look(about(gif(frames, 500)), data, MODEL)
+    conversation, _, _, _ = look(about(gif(frames, 500)), data, MODEL)
     assert conversation.turns[0].text == IMAGE * 6 + "what?"
     assert conversation.times == (0.0,) * 3 + (0.5,) * 3
 
 
 def test_images_need_not_be_square():
     wide = dataclasses.replace(MODEL, vision=dataclasses.replace(VISION, image_width=32))
-    _, vectors, fields = look(about(noise(16, 32)), DATA, wide)
+    _, vectors, fields, _ = look(about(noise(16, 32)), DATA, wide)
     assert vectors == (32,)
     np.testing.assert_array_equal(fields["images"][0], noise(16, 32))
 
@@ -114,11 +114,12 @@ def test_more_images_than_have_positions_are_refused():
         look(about(*[noise(4, 4)] * 3), DATA, few)
 
 
-def test_images_of_models_with_positions_in_three_dimensions_are_refused():
-    turned = dataclasses.replace(MODEL, rope_sections=(2, 1, 1))
-    with pytest.raises(UserError, match=r"record 7: has images, .*model.rope_sections=\(2, 1, 1\).*model.hub run"):
-        look(about(noise(4, 4)), DATA, turned)
-    assert look(Conversation("text", (Turn("user", "a"), Turn("assistant", "b"))), DATA, turned).vectors == ()
+@pytest.mark.parametrize("how", ["squash", "native"])
+def test_the_rows_and_columns_of_an_image_s_vectors_are_told(how):
+    data = dataclasses.replace(NATIVE, image_fit=how)
+    _, vectors, _, grids = look(about(noise(8, 24)), data, POOLING)
+    assert grids == (((1, 3),) if how == "native" else ((2, 2),))
+    assert vectors == (grids[0][0] * grids[0][1],)
 
 
 def test_the_limit_of_megapixels_is_the_experiment_s():
@@ -131,7 +132,7 @@ def test_the_limit_of_megapixels_is_the_experiment_s():
 def test_an_animated_file_becomes_frames_with_times():
     frames = [np.full((16, 16, 3), value, np.uint8) for value in (0, 100, 200)]
     data = dataclasses.replace(DATA, frames=3)
-    conversation, _, fields = look(about(gif(frames, 500)), data, MODEL)
+    conversation, _, fields, _ = look(about(gif(frames, 500)), data, MODEL)
     assert conversation.times == (0.0, 0.5, 1.0)
     assert conversation.turns[0].text == IMAGE * 3 + "what?"
     np.testing.assert_allclose(fields["images"][:3].mean((1, 2, 3)), [0, 100, 200], atol=3)
@@ -141,7 +142,7 @@ def test_still_images_stay_one_where_others_move():
     frames = [np.full((16, 16, 3), value, np.uint8) for value in (0, 200)]
     data = dataclasses.replace(DATA, frames=2)
     record = about(noise(16, 16), gif(frames, 100), text=f"a{IMAGE}b{IMAGE}c")
-    conversation, _, fields = look(record, data, MODEL)
+    conversation, _, fields, _ = look(record, data, MODEL)
     assert conversation.turns[0].text == f"a{IMAGE}b{IMAGE}{IMAGE}c"
     assert fields["image_segments"].tolist() == [1, 1, 1, 0]
     still = about(noise(16, 16))
@@ -153,7 +154,7 @@ def test_still_images_stay_one_where_others_move():
 def test_native_sizes_are_packed_whole(sizes, pooling):
     model = POOLING if pooling else MODEL
     near = model.vision.shrink
-    _, vectors, fields = look(about(*(noise(*size) for size in sizes)), NATIVE, model)
+    _, vectors, fields, _ = look(about(*(noise(*size) for size in sizes)), NATIVE, model)
     segments, positions = fields["image_segments"], fields["image_positions"]
     assert fields["images"].shape == (64, 4, 4, 3)
     for number, of_image in enumerate(vectors, start=1):
@@ -169,7 +170,7 @@ def test_native_sizes_are_packed_whole(sizes, pooling):
 
 def test_native_pixels_are_where_their_positions_say():
     image = noise(16, 24)
-    _, _, fields = look(about(image), NATIVE, POOLING)
+    _, _, fields, _ = look(about(image), NATIVE, POOLING)
     for patch, (row, column), segment in zip(
         fields["images"], fields["image_positions"], fields["image_segments"], strict=True
     ):
