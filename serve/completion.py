@@ -40,7 +40,7 @@ class Request:
         for name, valid, words in (
             ("number", 0 <= self.number < 2**32, "between 0 and 2^32 - 1"),
             ("seed", 0 <= self.seed < 2**32, "between 0 and 2^32 - 1"),
-            ("max_tokens", self.max_tokens >= 1, "at least 1"),
+            ("max_tokens", 1 <= self.max_tokens < 2**31, "at least 1, and below 2^31"),
             ("temperature", 0 <= self.temperature < math.inf, "at least 0, and finite"),
             ("top_k", 0 <= self.top_k < 2**31, "at least 0 (0: no limit), and below 2^31"),
             ("top_p", 0 < self.top_p <= 1, "above 0 and at most 1 (1: no limit)"),
@@ -72,15 +72,16 @@ class Completion:
         self.finish_reason: str | None = None
         self._tokenizer = tokenizer
         self._starts: list[int] = []  # length of the text before each token
-        # Some tokenizers write a token otherwise at the start of a text, so new tokens are decoded after an old one:
-        # `_window` begins with the prompt's last token, later with what the last whole characters came from.
-        self._window = list(prompt_tokens[-1:])
-        self._known = 1  # tokens of the window whose text is in `text[:_base]`
+        # Some tokenizers write a token otherwise at the start of a text, so new tokens are decoded after old ones:
+        # `_window` begins with the prompt's last tokens that are text, later with what the last whole characters came
+        # from.
+        self._window = _last_text(prompt_tokens, tokenizer)
+        self._known = len(self._window)  # tokens of the window whose text is in `text[:_base]`
         self._base = 0
 
     def append(self, token: int, logprob: float) -> None:
         """Takes in the next token. Not to be called after the end."""
-        if token == self._tokenizer.end_of_document:
+        if token in self._tokenizer.ends:
             self._finish("end")
             return
         self._starts.append(len(self.text))
@@ -88,10 +89,10 @@ class Completion:
         self.logprobs.append(logprob)
         self._window.append(token)
         new = self._undecided()
-        # A character has four bytes at most: up to three may be waiting for the next token.
-        held = min(3, len(new) - len(new.rstrip(REPLACEMENT)))
+        # What comes may make characters of any number of bytes before it: some decoders give up a whole run of them.
+        held = len(new) - len(new.rstrip(REPLACEMENT))
         self.text = self.text[: self._base] + new[: len(new) - held]
-        if not held:
+        if new and not held:
             self._base = len(self.text)
             self._window, self._known = self._window[self._known :], len(self._window) - self._known
         self._cut_at_stop(self._starts[-1])
@@ -130,6 +131,14 @@ class Completion:
             for values in (self.tokens, self.logprobs, self._starts):
                 del values[kept:]
             self.finish_reason = "stop"
+
+
+def _last_text(tokens: Sequence[int], tokenizer: Tokenizer) -> list[int]:
+    """The last tokens that decode to any text at all: all of them where none does."""
+    for count in range(1, len(tokens)):
+        if tokenizer.decode(tokens[-count:]):
+            return list(tokens[-count:])
+    return list(tokens)
 
 
 def prompt_tokens(tokenizer: Tokenizer, prompt: str) -> list[int]:

@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 from serve.completion import Completion, Request, conversation, prompt_tokens
+from tpu import host
 from tpu.errors import UserError
 
 if TYPE_CHECKING:
@@ -31,6 +32,24 @@ def check_length(config: ModelConfig, prompt_length: int, max_tokens: int) -> No
         )
 
 
+def check_memory(config: ModelConfig, rows: int, slots: int) -> None:
+    """Raises UserError where the cache of so many rows and slots is larger than the memory that is free."""
+    import jax
+
+    from model.attention.cache import empty_cache
+    from model.encoder_decoder import decoder_config
+
+    own = decoder_config(config) if config.kind == "encoder_decoder" else config
+    unit = jax.eval_shape(lambda: empty_cache(own, rows, 64))
+    needed = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(unit)) * slots // 64
+    free = host.free_bytes()
+    if free and needed > free:
+        raise UserError(
+            f"max_tokens: {slots:,} tokens of {rows} text(s) at a time take a cache of {needed / 2**30:,.1f} GiB, and "
+            f"{free / 2**30:,.1f} GiB are free; give fewer --max_tokens, or fewer texts"
+        )
+
+
 def complete(
     decoder: Decoder,
     weights: Weights,
@@ -48,7 +67,7 @@ def complete(
       show: called with all completions after every `chunk` tokens, and at the end.
       data: of a model that was trained on conversations, how its rows were made; None: prompts are plain text.
 
-    Raises UserError for a request out of range or too long for the model.
+    Raises UserError for a request out of range, too long for the model, or longer than memory has room for.
     """
     import numpy as np
 
@@ -74,7 +93,8 @@ def complete(
     max_tokens = column("max_tokens", np.int32)
     sampling = Sampling(**{f: column(f, np.int32 if f == "top_k" else np.float32) for f in Sampling._fields})
     keys = row_keys(column("seed", np.uint32), column("number", np.uint32))
-    slots = slots_for(tokens.shape[1], int((lengths + max_tokens).max()))
+    slots = slots_for(tokens.shape[1], int((lengths.astype(np.int64) + max_tokens).max()))
+    check_memory(config, len(requests), slots)
     completions = [Completion(*of_row, tokenizer) for of_row in zip(requests, prompts, strict=True)]
     seen = Sight() if data is None else sight(tokens.shape[1])
     rows, drawn, logprobs = decoder.start(weights, tokens, lengths, sampling, keys, max_tokens, slots, seen)

@@ -96,7 +96,7 @@ def main() -> int:
     longest = max(len(prompt_tokens(tokenizer, prompt)) for prompt in prompts) + options.max_tokens
     if longest > context and config.positions != "learned":
         log.warning("up to %d tokens with the prompt, but the model was trained on rows of %d", longest, context)
-    decoder = make_decoder(config, build(config)[0], tokenizer.vocab_size, tokenizer.end_of_document)
+    decoder = make_decoder(config, build(config)[0], tokenizer.vocab_size, tokenizer.end_of_document, tokenizer.ends)
     weights = decoding_weights(config, trained.weights)
     del trained  # The weights as they were saved would be in memory a second time.
     start = time.monotonic()

@@ -25,9 +25,9 @@ import sys
 import threading
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 
+from tpu import host
 from tpu.errors import UserError
 
 # What describes a gang where no cluster does; `tpu.launch.gang` sets them.
@@ -35,7 +35,6 @@ COORDINATOR, PROCESSES, PROCESS = "FOURSIGHT_COORDINATOR", "FOURSIGHT_PROCESSES"
 HOSTS = "FOURSIGHT_HOSTS"  # 1: all processes run on one host, so that a loopback coordinator will do
 _SLURM = ("SLURM_JOB_ID", "SLURM_STEP_NODELIST", "SLURM_NTASKS", "SLURM_PROCID", "SLURM_LOCALID")
 _KUBERNETES = ("KUBERNETES_SERVICE_HOST", "JOB_COMPLETION_INDEX")
-_GOOGLE_PCI_VENDOR = "0x1ae0"
 
 _FOREVER = 7 * 24 * 3600 * 1000  # milliseconds; a process that dies ends the wait of the others much sooner
 
@@ -64,7 +63,7 @@ def cluster(environment: Mapping[str, str]) -> dict[str, Any] | None:
         return _given(environment)
     if all(name in environment for name in _SLURM):
         return {} if environment["SLURM_NTASKS"] != "1" else None
-    on_tpu = _has_tpu_chips() and ("TPU_WORKER_HOSTNAMES" in environment or "TPU_SKIP_MDS_QUERY" not in environment)
+    on_tpu = host.has_tpu_chips() and ("TPU_WORKER_HOSTNAMES" in environment or "TPU_SKIP_MDS_QUERY" not in environment)
     if not on_tpu and all(name in environment for name in _KUBERNETES):
         if importlib.util.find_spec("kubernetes") is None:
             raise UserError(
@@ -113,11 +112,6 @@ def _is_loopback(host: str) -> bool:
         return ipaddress.ip_address(host.strip("[]")).is_loopback
     except ValueError:
         return False
-
-
-def _has_tpu_chips() -> bool:
-    vendors = Path("/sys/bus/pci/devices").glob("*/vendor")
-    return any(vendor.read_text().strip() == _GOOGLE_PCI_VENDOR for vendor in vendors)
 
 
 def initialize(timeout: int = 1800) -> None:

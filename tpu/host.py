@@ -17,6 +17,7 @@ from tpu.errors import UserError
 
 # Parameters of mallopt(3), from glibc's malloc.h.
 _M_TRIM_THRESHOLD, _M_MMAP_MAX, _M_ARENA_MAX = -1, -4, -8
+_GOOGLE_PCI_VENDOR = "0x1ae0"
 _MADV_HUGEPAGE, _HUGE_PAGE = 14, 2 * 2**20
 
 
@@ -64,6 +65,9 @@ def start_backend(compilation_cache: bool = True) -> str:
     """
     import jax
 
+    # libtpu would say the same in six lines of its own.
+    if os.environ.get("JAX_PLATFORMS") == "tpu" and not has_tpu_chips():
+        raise UserError("JAX_PLATFORMS=tpu: this machine has no TPU; give cpu, or leave it out")
     if compilation_cache and not os.environ.get("JAX_COMPILATION_CACHE_DIR"):
         with contextlib.suppress(UserError, OSError):
             compiled = cache_dir() / "compiled"
@@ -75,6 +79,12 @@ def start_backend(compilation_cache: bool = True) -> str:
         why = (str(error).splitlines() or ["it gives no reason"])[0]
         given = os.environ.get("JAX_PLATFORMS", "")
         raise UserError(f"JAX_PLATFORMS={given}: jax cannot start there ({why}); give cpu, or what there is") from error
+
+
+def has_tpu_chips() -> bool:
+    """Whether this machine has TPUs, by its PCI bus."""
+    vendors = pathlib.Path("/sys/bus/pci/devices").glob("*/vendor")
+    return any(vendor.read_text().strip() == _GOOGLE_PCI_VENDOR for vendor in vendors)
 
 
 def cache_dir() -> pathlib.Path:
@@ -122,6 +132,25 @@ def resident_bytes() -> int:
         return int(pathlib.Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
     except OSError:
         return 0
+
+
+def free_bytes() -> int:
+    """Memory that is free where arrays lie: on the first device, or this host's, within the limit of its control group.
+
+    0 where the system does not say.
+    """
+    import jax
+
+    if statistics := jax.local_devices()[0].memory_stats():
+        return statistics.get("bytes_limit", 0) - statistics.get("bytes_in_use", 0)
+    found = []
+    with contextlib.suppress(OSError, ValueError, StopIteration):
+        lines = pathlib.Path("/proc/meminfo").read_text().splitlines()
+        found.append(1024 * int(next(line for line in lines if line.startswith("MemAvailable")).split()[1]))
+    with contextlib.suppress(OSError, ValueError):  # "max": no limit
+        group = pathlib.Path("/sys/fs/cgroup")
+        found.append(int((group / "memory.max").read_text()) - int((group / "memory.current").read_text()))
+    return min(found, default=0)
 
 
 def device_bytes(peak: bool = False) -> int:

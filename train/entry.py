@@ -31,7 +31,10 @@ FLAGS = flags.FLAGS
 
 
 class _Path(flags.ArgumentParser):
-    """A file or directory. A leading ~ is the home: shells leave it as it is after `--workdir=`."""
+    """A file or directory. A leading ~ is the home: shells leave it as it is after `--workdir=`.
+
+    What is read and written by libraries that have UTF-8 alone must be that here too.
+    """
 
     syntactic_help = "a path"
 
@@ -39,7 +42,18 @@ class _Path(flags.ArgumentParser):
         path = os.path.expanduser(argument)
         if path == "~" or path.startswith("~/"):
             raise ValueError("there is no home directory; write it without ~")
+        whole = os.path.abspath(path)
+        if not whole.isascii() and (sys.getfilesystemencoding() != "utf-8" or not _is_unicode(whole)):
+            raise ValueError("its characters are not those of this locale; set LC_ALL=C.UTF-8, or use plain letters")
         return path
+
+
+def _is_unicode(text: str) -> bool:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 PATH = _Path()  # for flags.DEFINE

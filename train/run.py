@@ -129,13 +129,32 @@ def begin(
         if base:
             base.check(saved_meta, path)
         print(f"resuming from step {first_step} in {path}")
-        return state, first_step, _load_corpus(experiment, tokenizer.from_dict(saved_meta["tokenizer"]))
+        corpus = _load_corpus(experiment, tokenizer.from_dict(saved_meta["tokenizer"]))
+        for line in other_data(saved_meta, experiment, corpus):
+            print(line)
+        return state, first_step, corpus
     start = experiment.run.start
     corpus = _load_corpus(experiment, base.tokenizer if base else tokenizer_of(start))
     state = program.init(key)
     if start:
         state = program.init(key, taken_over(state.weights, start, mesh, experiment.model.vision))
     return state, 0, corpus
+
+
+def other_data(saved: dict[str, Any], experiment: Experiment, corpus: Corpus) -> Iterator[str]:
+    """What a run reads otherwise than the checkpoint whose meta is `saved` did, beside what the experiment says."""
+    before = {source["source"]: source["digest"] for source in saved.get("corpus", {}).get("sources", ())}
+    for source in corpus.report["sources"]:
+        if source["digest"] != before.get(source["source"], source["digest"]):
+            yield (
+                f"data.sources: {source['source']} has changed since it was trained on (its documents, or when they "
+                "were written): what follows is read from it as it is now"
+            )
+    if saved["experiment"]["data"]["batch_size"] != experiment.data.batch_size:
+        yield (
+            "data.batch_size has changed: the position in the data is counted in batches, so that some rows are read "
+            "again or passed over"
+        )
 
 
 def _load_corpus(experiment: Experiment, saved: Tokenizer | None = None) -> Corpus:

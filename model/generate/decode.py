@@ -10,7 +10,7 @@ Legend: B rows, T tokens of the padded prompts, S slots of the cache, C tokens p
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -134,11 +134,13 @@ def advance(
     return cache, model.head(hidden[:, 0])
 
 
-def make_decoder(config: ModelConfig, graphdef: nnx.GraphDef, vocab_size: int, end_of_document: int) -> Decoder:
+def make_decoder(
+    config: ModelConfig, graphdef: nnx.GraphDef, vocab_size: int, end_of_document: int, ends: Collection[int] = ()
+) -> Decoder:
     """The decoder of a `placed` model whose tokenizer has `vocab_size` tokens; more that it may have are never drawn.
 
-    A row ends with the token `end_of_document`. An encoder-decoder reads the prompts with its encoder; what its decoder
-    writes begins after `config.start_token`, and stands at positions of its own. An encoder alone cannot generate.
+    A row ends with the token `end_of_document`, or one of `ends`. An encoder-decoder reads with its encoder. What its
+    decoder writes begins after `config.start_token`, at positions of its own. An encoder alone cannot generate.
     """
     if config.kind not in ("decoder", "encoder_decoder") or config.fusion == "contrastive":
         raise UserError(
@@ -146,6 +148,7 @@ def make_decoder(config: ModelConfig, graphdef: nnx.GraphDef, vocab_size: int, e
             "encoder_decoder, and any fusion but contrastive"
         )
     start_token = end_of_document if config.start_token < 0 else config.start_token
+    ending = jnp.array(sorted({end_of_document, *ends}), jnp.int32)
 
     def draw_next(rows: Rows, logits: jax.Array, sampling: Sampling) -> Drawn:
         positions = jnp.where(rows.finished, rows.positions, rows.positions + 1)
@@ -159,7 +162,7 @@ def make_decoder(config: ModelConfig, graphdef: nnx.GraphDef, vocab_size: int, e
         rows = rows._replace(
             tokens=tokens,
             positions=positions,
-            finished=rows.finished | (tokens == end_of_document) | (positions + 1 >= rows.limits),
+            finished=rows.finished | jnp.isin(tokens, ending) | (positions + 1 >= rows.limits),
             seen=rows.seen.at[jnp.arange(len(tokens)), tokens].set(True),
         )
         return rows, drawn, logprobs

@@ -5,10 +5,11 @@ from __future__ import annotations
 import dataclasses
 import json
 import pathlib
+import sys
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
-from model.hub.import_model import PEER, hand_on
+from model.hub.import_model import PEER, TOKENIZER_FILES, hand_on
 
 if TYPE_CHECKING:
     import numpy as np
@@ -77,7 +78,7 @@ def export_model(
     with whole_directory(target) as made:
         hand_on(peer, made)
         _write_tokenizer(meta["tokenizer"], made, options)
-        (made / "config.json").write_text(json.dumps(options, indent=2, sort_keys=True) + "\n")
+        (made / "config.json").write_text(json.dumps(options, indent=2, sort_keys=True) + "\n", encoding="utf-8")
         write_directory(made, {name: spec for name, (spec, _) in specs.items()}, pieces, shard_bytes)
     print(f"{family.architectures[0]}: {len(specs)} tensors in {numpy_dtype}, from {step_dir} to {target}")
 
@@ -91,13 +92,15 @@ def _with_kept(options: dict[str, Any], imported: dict[str, Any]) -> dict[str, A
 
 def _write_tokenizer(saved: dict[str, Any], made: pathlib.Path, options: dict[str, Any]) -> None:
     """Writes the checkpoint's tokenizer where none was handed on, and its end of document into the options."""
-    if saved["kind"] != "tokenizer.json" or (made / "tokenizer.json").exists():
+    if saved["kind"] == "none" or any((made / name).exists() for name in TOKENIZER_FILES):
         return
     from train.data.text.tokenizer import from_dict
 
     tokenizer = from_dict(saved)
-    (made / "tokenizer.json").write_text(saved["text"])
-    described = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": tokenizer.end_of_document_name}
-    (made / "tokenizer_config.json").write_text(json.dumps(described, indent=2) + "\n")
+    files = tokenizer.files()
+    for name, content in files.items():
+        (made / name).write_bytes(content)
+    if "tokenizer_config.json" not in files:
+        print(f"{', '.join(files)}: for the package sentencepiece; transformers has no class for it", file=sys.stderr)
     for section in (options, options.get("text_config", {})):
-        section["bos_token_id"] = section["eos_token_id"] = tokenizer.end_of_document
+        section["bos_token_id"], section["eos_token_id"] = tokenizer.beginning, tokenizer.end_of_document

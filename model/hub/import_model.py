@@ -9,6 +9,7 @@ import sys
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
+from model.safetensors import read_json
 from tpu.errors import UserError
 from train.resolve import resolve
 
@@ -24,12 +25,15 @@ if TYPE_CHECKING:
 PEER = "peer"  # the files of a workdir that came with an import and that export hands on
 
 
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "spiece.model")  # of which any is a whole tokenizer
+
 HANDED_ON = (
     "generation_config.json",
     "preprocessor_config.json",
     "processor_config.json",
     "tokenizer.json",
     "tokenizer.model",
+    "spiece.model",
     "tokenizer_config.json",
     "special_tokens_map.json",
     "added_tokens.json",
@@ -51,7 +55,7 @@ class Opened:
         from model.families.known import family_of
         from model.families.load import shapes
         from model.families.mapping import PeerWeights
-        from model.safetensors import open_directory, read_json
+        from model.safetensors import open_directory
         from train.tree import check_types
 
         if not directory.is_dir():
@@ -67,6 +71,26 @@ class Opened:
         if self.family.head:
             self.model = dataclasses.replace(self.model, tied_head=self.family.head not in tensors)
         self.weights = PeerWeights(self.family, tensors, shapes(self.model.placed("cpu", "float32")), self.model)
+
+    def ends(self) -> list[int | str]:
+        """What ends a document or an answer, as the directory's files name it, the plainest first."""
+        described = self.directory / "tokenizer_config.json"
+        token = read_json(described).get("eos_token") if described.is_file() else None
+        token = token.get("content") if isinstance(token, dict) else token
+        sections = (self.options, self.options.get("text_config"), self.generation)
+        found = [section.get("eos_token_id") for section in sections if isinstance(section, dict)]
+        found = [end for given in found for end in (given if isinstance(given, list) else [given])]
+        return [end for end in dict.fromkeys([*found, token]) if isinstance(end, (int, str))]
+
+    def beginning(self, tokenizer: Tokenizer) -> int | None:
+        """What opens a document, where the files say so; of BERT it is the token that stands for the whole text."""
+        from train.data.text.tokenizer import JsonTokenizer
+
+        for section in (self.options, self.options.get("text_config"), self.generation):
+            if isinstance(section, dict) and isinstance(found := section.get("bos_token_id"), int):
+                return found
+        named = self.model.kind == "encoder" and isinstance(tokenizer, JsonTokenizer)
+        return tokenizer.id_of("[CLS]") if named else None
 
 
 def row_length(model: ModelConfig) -> int:
@@ -94,12 +118,12 @@ def import_model(source: pathlib.Path, workdir: pathlib.Path, dtype: str) -> Non
 
     opened = Opened(source)
     dtype = opened.weights.dtype if dtype == "auto" else dtype
-    file = next((source / name for name in ("tokenizer.json", "tokenizer.model") if (source / name).is_file()), None)
-    tokenizer: Tokenizer | None = from_file(str(file)) if file else None
+    file = next((source / name for name in TOKENIZER_FILES if (source / name).is_file()), None)
+    tokenizer: Tokenizer | None = from_file(str(file), opened.ends()) if file else None
     if tokenizer is not None:
         check_vocabulary(tokenizer, opened.model.vocab_size)
-        beginning = opened.options.get("bos_token_id")
-        if isinstance(beginning, int) and 0 <= beginning < tokenizer.vocab_size:
+        beginning = opened.beginning(tokenizer)
+        if beginning is not None and 0 <= beginning < tokenizer.vocab_size:
             tokenizer.beginning = beginning
     name = str((workdir / PEER / file.name).absolute()) if file else "bytes"
     data, images = DataConfig(tokenizer=name, context=row_length(opened.model)), None
@@ -139,7 +163,7 @@ def import_model(source: pathlib.Path, workdir: pathlib.Path, dtype: str) -> Non
         manifest.write(step, 0, leaves, {})
         tree = {"experiment": to_dict(experiment), "versions": versions(), "git_revision": git_revision()}
         write_json(made / "experiment.json", tree)
-        (made / "experiment.py").write_text(_as_config_file(experiment, source))
+        (made / "experiment.py").write_text(_as_config_file(experiment, source), encoding="utf-8")
         (made / PEER).mkdir()
         hand_on(source, made / PEER)
         shutil.copyfile(source / "config.json", made / PEER / "config.json")
@@ -150,7 +174,7 @@ def import_model(source: pathlib.Path, workdir: pathlib.Path, dtype: str) -> Non
         print(images)
     if tokenizer is None:
         print(
-            "no tokenizer.json or tokenizer.model there: evaluating, generating and training need one", file=sys.stderr
+            f"none of {', '.join(TOKENIZER_FILES)} there: evaluating, generating and training need one", file=sys.stderr
         )
 
 

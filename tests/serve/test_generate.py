@@ -14,16 +14,18 @@ from typing import Any
 import jax
 import numpy as np
 import pytest
+import tokenizers
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
+from tokenizers import decoders, models, normalizers
 
 from model import kinds
 from model.config import ModelConfig
 from model.generate.decode import decoding_weights, make_decoder
 from serve.completion import Completion, Request, prompt_tokens
-from serve.engine import check_length, complete
+from serve.engine import check_length, check_memory, complete
 from tpu.errors import UserError
-from train.data.text.tokenizer import ByteTokenizer, SentencePieceTokenizer, Tokenizer, train_bpe
+from train.data.text.tokenizer import ByteTokenizer, JsonTokenizer, SentencePieceTokenizer, Tokenizer, train_bpe
 
 ROOT = Path(__file__).resolve().parents[2]
 TEXTS = [f"def function_{n}(self):\n    return 'the value of the number {n * 37}'\n" for n in range(60)]
@@ -94,6 +96,64 @@ def test_sentencepiece_keeps_the_space_after_the_prompt(prompt, text):
     start = len(tokenizer.encode(prompt))
     assert whole[:start] == tokenizer.encode(prompt)
     assert completed(whole[start:], tokenizer, prompt).text == text
+
+
+def fallback() -> JsonTokenizer:
+    """Of Llama's kind: bytes of characters it does not have, a mark for spaces, a special token."""
+    words = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256)), "\u2581", *"abc"]
+    tokenizer = tokenizers.Tokenizer(
+        models.BPE({word: i for i, word in enumerate(words)}, [], byte_fallback=True, unk_token="<unk>", fuse_unk=True)
+    )
+    space = "\u2581"
+    tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend(space), normalizers.Replace(" ", space)])
+    tokenizer.decoder = decoders.Sequence(
+        [decoders.Replace(space, " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    )
+    tokenizer.add_special_tokens(words[:3])
+    return JsonTokenizer(tokenizer.to_str(), "x", beginning=1)
+
+
+FALLBACK = fallback()
+
+
+@settings(max_examples=100)
+@given(st.text("ab é龘。🙂", min_size=1, max_size=8), st.text("é龘。🙂", min_size=1, max_size=2))
+@example("龘龖。bca", "。")
+def test_characters_made_of_runs_of_bytes(text, stop):
+    """Their decoder takes back a whole run of bytes while the last character of it is not complete."""
+    tokens = FALLBACK.encode("a" + text)[2:]
+    completion = Completion(Request(max_tokens=99, stop=(stop,)), FALLBACK.encode("a"), FALLBACK)
+    shown = ""
+    for token in tokens:
+        if completion.finish_reason is None:
+            completion.append(token, 0.0)
+            assert completion.certain().startswith(shown)
+            shown = completion.certain()
+    assert completion.text == text.partition(stop)[0]
+    assert (completion.finish_reason == "stop") == (stop in text)
+    assert "".join(completion.token_texts()) == completion.text
+
+
+def test_the_space_after_a_special_token_stays():
+    completion = Completion(Request(max_tokens=99), FALLBACK.encode("a"), FALLBACK)
+    for token in (*FALLBACK.encode("b"), 1, *FALLBACK.encode("c")):
+        completion.append(token, 0.0)
+    assert completion.text == " b c"
+
+
+def test_any_end_that_the_model_has_is_one():
+    tokenizer = JsonTokenizer(BPE.to_dict()["text"], "x", ends=(BPE.encode("e")[0],))
+    completion = completed([*BPE.encode("t"), *BPE.encode("e"), *BPE.encode("t")], tokenizer)
+    assert (completion.text, completion.finish_reason) == ("t", "end")
+
+
+def test_a_cache_without_room_is_refused_with_what_it_takes():
+    assert check_memory(CONFIG, 1, 128) is None
+    for slots in (10**12, 2**40):
+        with pytest.raises(UserError, match=r"tokens of 1 text\(s\) at a time take a cache of .* GiB are free"):
+            check_memory(CONFIG, 1, slots)
+    with pytest.raises(UserError, match="max_tokens=3000000000: must be at least 1, and below"):
+        Request(max_tokens=3_000_000_000).check()
 
 
 # Stop strings

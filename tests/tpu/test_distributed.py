@@ -15,7 +15,7 @@ import pytest
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from tpu import distributed
+from tpu import distributed, host
 from tpu.distributed import cluster
 from tpu.errors import UserError
 from tpu.launch import gang
@@ -42,7 +42,7 @@ def python(code: str, *arguments: str, **environment: str) -> subprocess.Complet
 
 
 def test_a_lone_process_is_left_alone():
-    code = "import sys; from tpu import distributed as d; d.initialize(); "
+    code = "import sys; from tpu import distributed, host as d; d.initialize(); "
     code += "print(d.several(), d.leads(), d.decide(lambda: 5), d.gather('x'), 'jax' in sys.modules)"
     done = python(code)
     assert done.stdout == "False True 5 ['x'] False\n"
@@ -85,7 +85,7 @@ def test_an_indexed_kubernetes_job_needs_its_package(monkeypatch, package):
 
 
 def test_tpu_chips_are_recognised(monkeypatch):
-    monkeypatch.setattr(distributed, "_has_tpu_chips", lambda: True)
+    monkeypatch.setattr(host, "has_tpu_chips", lambda: True)
     assert cluster({}) == {}
     assert cluster({"TPU_SKIP_MDS_QUERY": "1"}) is None
     assert cluster({"TPU_SKIP_MDS_QUERY": "1", "TPU_WORKER_HOSTNAMES": "a,b"}) == {}
@@ -120,7 +120,7 @@ def test_a_gang_that_does_not_come_together_is_given_up(process):
     """Process 0 waits for the other, process 1 for the coordinator."""
     variables = {"FOURSIGHT_COORDINATOR": f"127.0.0.1:{gang._free_port()}", "FOURSIGHT_HOSTS": "1"}
     variables |= {"FOURSIGHT_PROCESSES": "2", "FOURSIGHT_PROCESS": process}
-    done = python("from tpu import distributed; distributed.initialize(timeout=1)", **variables)
+    done = python("from tpu import distributed, host; distributed.initialize(timeout=1)", **variables)
     assert done.returncode == 2
     (line,) = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
     assert line.startswith(f"error: process {process} of 2: 127.0.0.1:")
@@ -132,7 +132,7 @@ def test_a_gang_that_does_not_come_together_is_given_up(process):
 
 AGREE = """
     import sys
-    from tpu import distributed
+    from tpu import distributed, host
     from tpu.errors import UserError
     distributed.initialize()
     import jax

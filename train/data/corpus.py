@@ -76,14 +76,19 @@ def load_corpus(
     _check_sides([source.report for source in sources], data)
     held_out = [source.report["held_out"] for source in sources]
     packed = functools.partial(
-        PackedRows, context=data.context, end_of_document=tokenizer.end_of_document, continuing=data.contiguous
+        PackedRows,
+        context=data.context,
+        end_of_document=tokenizer.end_of_document,
+        continuing=data.contiguous,
+        beginning=tokenizer.beginning,
     )
+    unlearned = tokenizer.beginning != tokenizer.end_of_document  # of every document, the token after its end
     corpus = Corpus(
         tokenizer=tokenizer,
         train=tuple(packed(s.train, keep_last=False) for s in sources),
         held_out=tuple(packed(s.held_out, keep_last=True) for s in sources if len(s.held_out)),
         held_out_bytes=sum(side["bytes"] for side in held_out),
-        held_out_tokens=sum(side["tokens"] for side in held_out),
+        held_out_tokens=sum(side["tokens"] - unlearned * side["documents"] for side in held_out),
         report={"vocab_size": tokenizer.vocab_size, "sources": [source.report for source in sources]},
     )
     if data.contiguous and (found := sum(map(len, corpus.train))) < data.batch_size:

@@ -49,7 +49,7 @@ def row_transform(experiment: Experiment, corpus: Corpus, held_out: bool = False
     end = tokenizer.end_of_document
     if objective.name == "masked":
         partners = corpus.train if model.next_sentence and not held_out else ()
-        return Masking(seed, objective.corruption, special, tokenizer.vocab_size, end, partners)
+        return Masking(seed, objective.corruption, special, tokenizer.vocab_size, end, tokenizer.beginning, partners)
     if objective.name == "span_corruption":
         start = end if model.start_token < 0 else model.start_token
         return SpanCorruption(seed, *objective.spans(experiment.data.context), special, start, end)

@@ -38,7 +38,7 @@ def replier(
       max_tokens: of an answer. rows: B.
     The function raises UserError for a conversation whose images or text do not fit.
     """
-    decoder = make_decoder(config, build(config)[0], tokenizer.vocab_size, tokenizer.end_of_document)
+    decoder = make_decoder(config, build(config)[0], tokenizer.vocab_size, tokenizer.end_of_document, tokenizer.ends)
     prepared = decoding_weights(config, weights)
     slots = slots_for(data.context, data.context + max_tokens)
     greedy = {"repetition_penalty": 1.0, "temperature": 0.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0}
@@ -57,7 +57,7 @@ def replier(
         while not np.asarray(state.finished).all():
             state, drawn, _ = decoder.decode(prepared, state, sampling, CHUNK)
             said.append(np.asarray(drawn))
-        ended = (NO_TOKEN, tokenizer.end_of_document)
+        ended = (NO_TOKEN, *tokenizer.ends)
         return [
             tokenizer.decode([int(token) for token in row if token not in ended])
             for row in np.concatenate(said, 1)[: len(conversations)]

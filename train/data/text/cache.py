@@ -30,7 +30,8 @@ BATCH_BYTES = 1 << 20  # text encoded at a time
 
 
 class Streams(NamedTuple):
-    """A tokenised source: per document `[end_of_document, t1 .. tn]`; see `train.data.text.packing`."""
+    """A tokenised source: per document `[end_of_document, t1 .. tn]`, or with a beginning of its own; see
+    `train.data.text.packing`."""
 
     train: np.ndarray  # [S] uint16 or uint32, memory-mapped
     held_out: np.ndarray  # [S], of the documents that `is_held_out`
@@ -68,6 +69,7 @@ def _build(source: str, data: DataConfig, tokenizer: Tokenizer, name: str, conte
     dtype = np.dtype(np.uint16 if tokenizer.vocab_size <= 1 << 16 else np.uint32)
     tallies = {side: Counter(documents=0, bytes=0, tokens=0) for side in ("train", "held_out")}
     counts: Counter[str] = Counter()
+    end = [] if tokenizer.beginning == tokenizer.end_of_document else [tokenizer.end_of_document]
     with _new_file(data, f"{name}.train.npy") as train, _new_file(data, f"{name}.held_out.npy") as held_out:
         files = {"train": train, "held_out": held_out}
         for file in files.values():
@@ -77,9 +79,10 @@ def _build(source: str, data: DataConfig, tokenizer: Tokenizer, name: str, conte
             for document, ids in zip(batch, encoded, strict=True):
                 side = "held_out" if is_held_out(document.key, data.holdout) else "train"
                 # The id must mean one thing; a vocabulary that spells it as text would otherwise split a document.
-                ids = ids[ids != tokenizer.end_of_document]
-                files[side].write(np.append(tokenizer.end_of_document, ids).astype(dtype).tobytes())
-                tallies[side].update(documents=1, bytes=len(document.text.encode()), tokens=len(ids) + 1)
+                ids = ids[(ids != tokenizer.end_of_document) & (ids != tokenizer.beginning)]
+                ids = np.concatenate([[tokenizer.beginning], ids, end])
+                files[side].write(ids.astype(dtype).tobytes())
+                tallies[side].update(documents=1, bytes=len(document.text.encode()), tokens=len(ids))
         for side, file in files.items():
             file.seek(0)
             _write_header(file, tallies[side]["tokens"], dtype)

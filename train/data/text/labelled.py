@@ -151,7 +151,7 @@ def _row(
     if len(ids) > room:
         counts["cut_records"] += 1
     ids, spans = ids[:room], spans[:room]
-    row = _padded([end, *ids, *second], T)
+    row = _padded([tokenizer.beginning, *ids, *second], T)
     valid = (np.arange(T) < 1 + len(ids) + len(second)).astype(np.int32)
     if objective == "sequence_to_sequence":
         return _target(record.label, row, valid, data, tokenizer, counts)

@@ -17,8 +17,8 @@ from train.data.batch import Batch
 class Masking:
     """(number of the row, row) -> the row to train on, a pure function of `seed` and its two arguments.
 
-    Of every row the given share of its tokens, those that open documents aside, is to be predicted (section 3.1): 80 %
-    of them become the mask, 10 % any token, 10 % stay.
+    Of every row the given share of its tokens, those that open and end documents aside, is to be predicted (section
+    3.1): 80 % of them become the mask, 10 % any token, 10 % stay.
     """
 
     seed: int
@@ -26,6 +26,7 @@ class Masking:
     mask_token: int
     vocab_size: int  # of the tokenizer
     end_of_document: int
+    beginning: int
     partners: Sequence[Sequence[Batch]] = ()  # sources of halves; (): no next-sentence prediction
 
     def __call__(self, number: int, row: Batch) -> Batch:
@@ -34,7 +35,7 @@ class Masking:
         if self.partners:
             row = self._pair(rng, row)
         tokens = row.tokens
-        may = np.flatnonzero((row.segments > 0) & (tokens != self.end_of_document))
+        may = np.flatnonzero((row.segments > 0) & ~np.isin(tokens, (self.end_of_document, self.beginning)))
         chosen = rng.choice(may, min(len(may), max(1, round(self.share * len(may)))), replace=False)
         kind = rng.random(len(chosen))
         corrupted = tokens.copy()

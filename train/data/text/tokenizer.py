@@ -1,13 +1,15 @@
 """Tokenizers: bytes, byte-pair encoding (trained here or read from a tokenizer.json) and sentencepiece.
 
 All have one surface: `vocab_size`, `end_of_document` (the id that separates documents), `beginning` (the id that opens
-a prompt: the same, but for imported models that have another), `encode`, `encode_batch`, `decode`, and `to_dict`, which
-holds everything needed to build the tokenizer again and goes into checkpoints.
+a document and a prompt: the same, but for imported models that have another), `ends` (the ids that end an answer: that
+one, and what else an imported model ends its turns with), `encode`, `encode_batch`, `decode`, `to_dict`, which holds
+everything needed to build the tokenizer again and goes into checkpoints, and `files`, which transformers reads.
 """
 
 from __future__ import annotations
 
 import base64
+import json
 import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -33,6 +35,7 @@ class ByteTokenizer:
 
     vocab_size = 257
     end_of_document = beginning = 256
+    ends = frozenset({256})
 
     def encode(self, text: str) -> list[int]:
         """The token ids of `text`."""
@@ -55,23 +58,45 @@ class ByteTokenizer:
         """What `from_dict` needs."""
         return {"kind": "bytes"}
 
+    def files(self) -> dict[str, bytes]:
+        """What transformers loads it from: byte-level BPE without merges."""
+        from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
+        # As GPT-2 has it: bytes that print stand for themselves, the others for what comes after all bytes, in order.
+        printed = [*range(33, 127), *range(161, 173), *range(174, 256)]
+        others = iter(range(256, 512))
+        vocabulary = {chr(byte if byte in printed else next(others)): byte for byte in range(256)}
+        tokenizer = Tokenizer(models.BPE(vocabulary | {END_OF_DOCUMENT: self.end_of_document}, []))
+        tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+        tokenizer.decoder = decoders.ByteLevel()
+        tokenizer.add_special_tokens([END_OF_DOCUMENT])
+        return JsonTokenizer(tokenizer.to_str(), "bytes").files()
+
 
 class JsonTokenizer:
     """A Hugging Face tokenizer, from the text of its tokenizer.json.
 
-    The end of a document is the first of END_OF_DOCUMENT_NAMES in the vocabulary. Special tokens that occur in a text
-    are read as ordinary text, so that no document can forge them. Raises UserError for a text that is no tokenizer or
-    has no such token; `origin` names it in the message. `beginning` opens a prompt, if the end of a document does not.
+    The end of a document is the first of END_OF_DOCUMENT_NAMES in the vocabulary, one of `ends` if there is any; else
+    it is the first of `ends`. Special tokens that occur in a text are read as ordinary text, so that no document can
+    forge them. Raises UserError for a text that is no tokenizer or has no such token; `origin` names it in the message.
+
+    Args:
+      beginning: opens a document, if its end does not.
+      ends: names or ids of what ends an answer beside the end of a document; what is not in the vocabulary is passed
+        over.
     """
 
-    def __init__(self, text: str, origin: str, beginning: int | None = None):
+    def __init__(self, text: str, origin: str, beginning: int | None = None, ends: Iterable[int | str] = ()):
         import tokenizers
 
         try:
             self._tokenizer = tokenizers.Tokenizer.from_str(text)
         except Exception as error:  # the library raises bare Exception
             raise UserError(f"{origin}: not a Hugging Face tokenizer.json ({error})") from error
+        given = [end if isinstance(end, str) else self._tokenizer.id_to_token(end) for end in ends]
+        given = [name for name in given if name is not None and self._tokenizer.token_to_id(name) is not None]
         names = [name for name in END_OF_DOCUMENT_NAMES if self._tokenizer.token_to_id(name) is not None]
+        names = sorted(names, key=lambda name: name not in given) or given
         if not names:
             raise UserError(f"{origin}: no end-of-document token; needs one of {', '.join(END_OF_DOCUMENT_NAMES)}")
         self._text = text
@@ -82,8 +107,14 @@ class JsonTokenizer:
         self._tokenizer.no_padding()
         self.end_of_document: int = self._tokenizer.token_to_id(names[0])
         self.end_of_document_name = names[0]
+        self._given = [self._tokenizer.token_to_id(name) for name in given]
+        self.ends = frozenset({self.end_of_document, *self._given})
         self.beginning = self.end_of_document if beginning is None else beginning
         self.vocab_size: int = max(self._tokenizer.get_vocab(with_added_tokens=True).values()) + 1
+
+    def id_of(self, name: str) -> int | None:
+        """The id of the token of this name, None where there is none."""
+        return self._tokenizer.token_to_id(name)
 
     def encode(self, text: str) -> list[int]:
         """The token ids of `text`."""
@@ -105,17 +136,22 @@ class JsonTokenizer:
 
     def to_dict(self) -> dict[str, Any]:
         """What `from_dict` needs."""
-        own = {} if self.beginning == self.end_of_document else {"beginning": self.beginning}
-        return {"kind": "tokenizer.json", "text": self._text, **own}
+        return {"kind": "tokenizer.json", "text": self._text, **_own(self, self._given)}
+
+    def files(self) -> dict[str, bytes]:
+        """What transformers loads it from, by file name."""
+        described = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": self.end_of_document_name}
+        return {"tokenizer.json": self._text.encode(), "tokenizer_config.json": _described(described)}
 
 
 class SentencePieceTokenizer:
     """A sentencepiece model, from the bytes of its .model file; its `eos` piece ends a document.
 
-    Raises UserError for bytes that are no model or have no `eos`; `origin` names them in the message.
+    Raises UserError for bytes that are no model or have no `eos`; `origin` names them in the message. `beginning` and
+    `ends` are as for JsonTokenizer.
     """
 
-    def __init__(self, model: bytes, origin: str, beginning: int | None = None):
+    def __init__(self, model: bytes, origin: str, beginning: int | None = None, ends: Iterable[int | str] = ()):
         import sentencepiece
 
         try:
@@ -126,6 +162,9 @@ class SentencePieceTokenizer:
         self.end_of_document: int = self._processor.eos_id()
         self.beginning = self.end_of_document if beginning is None else beginning
         self.vocab_size: int = self._processor.vocab_size()
+        given = [self._processor.piece_to_id(end) if isinstance(end, str) else end for end in ends]
+        self._given = [end for end in given if 0 <= end < self.vocab_size and end != self._processor.unk_id()]
+        self.ends = frozenset({self.end_of_document, *self._given})
         if self.end_of_document < 0:
             raise UserError(f"{origin}: no end-of-document token; train the sentencepiece model with an eos_id")
 
@@ -148,11 +187,31 @@ class SentencePieceTokenizer:
 
     def to_dict(self) -> dict[str, Any]:
         """What `from_dict` needs."""
-        own = {} if self.beginning == self.end_of_document else {"beginning": self.beginning}
-        return {"kind": "sentencepiece", "model": base64.b64encode(self._model).decode(), **own}
+        return {"kind": "sentencepiece", "model": base64.b64encode(self._model).decode(), **_own(self, self._given)}
+
+    def files(self) -> dict[str, bytes]:
+        """What transformers loads it from, by file name; of a unigram model the model alone, for the one class that
+        reads a .model would take it for BPE."""
+        scores = [self._processor.get_score(piece) for piece in range(self.vocab_size)]
+        if any(score != int(score) for score in scores):  # BPE's are the order of its merges.
+            return {"tokenizer.model": self._model}
+        pieces = {"unk_token": self._processor.unk_id(), "eos_token": self.end_of_document}
+        described = {name: self._processor.id_to_piece(piece) for name, piece in pieces.items()}
+        described |= {"tokenizer_class": "LlamaTokenizer", "legacy": False, "add_bos_token": False}
+        return {"tokenizer.model": self._model, "tokenizer_config.json": _described(described)}
 
 
 Tokenizer = ByteTokenizer | JsonTokenizer | SentencePieceTokenizer
+
+
+def _described(options: dict[str, Any]) -> bytes:
+    return (json.dumps(options, indent=2) + "\n").encode()
+
+
+def _own(tokenizer: JsonTokenizer | SentencePieceTokenizer, ends: list[int]) -> dict[str, Any]:
+    """What an import gave a tokenizer that is not in its file."""
+    beginning = {} if tokenizer.beginning == tokenizer.end_of_document else {"beginning": tokenizer.beginning}
+    return beginning | ({"ends": ends} if ends else {})
 
 
 def train_bpe(texts: Iterable[str], vocab_size: int) -> JsonTokenizer:
@@ -183,8 +242,11 @@ def train_bpe(texts: Iterable[str], vocab_size: int) -> JsonTokenizer:
     return JsonTokenizer(tokenizer.to_str(), "the tokenizer trained here")
 
 
-def from_file(path: str) -> Tokenizer:
-    """Reads a tokenizer.json or a sentencepiece .model. Raises UserError naming a path that is neither."""
+def from_file(path: str, ends: Iterable[int | str] = ()) -> Tokenizer:
+    """Reads a tokenizer.json or a sentencepiece .model. Raises UserError naming a path that is neither.
+
+    ends: as for JsonTokenizer.
+    """
     if not path.endswith((".json", ".model")):
         raise UserError(f"data.tokenizer={path!r}: valid: bytes, bpe, a path to a tokenizer.json or a .model")
     try:
@@ -192,22 +254,23 @@ def from_file(path: str) -> Tokenizer:
     except OSError as error:
         raise UserError(f"data.tokenizer={path!r}: cannot be read ({error.strerror})") from error
     if path.endswith(".model"):
-        return SentencePieceTokenizer(content, path)
+        return SentencePieceTokenizer(content, path, ends=ends)
     try:
-        return JsonTokenizer(content.decode("utf-8-sig"), path)
+        return JsonTokenizer(content.decode("utf-8-sig"), path, ends=ends)
     except UnicodeDecodeError as error:
         raise UserError(f"{path}: not UTF-8 ({error.reason} at byte {error.start})") from error
 
 
 def from_dict(saved: dict[str, Any]) -> Tokenizer:
     """Builds the tokenizer that `to_dict` described. Raises UserError for anything else."""
+    own = saved.get("beginning"), saved.get("ends", ())
     match saved:
         case {"kind": "bytes"}:
             return ByteTokenizer()
         case {"kind": "tokenizer.json", "text": text}:
-            return JsonTokenizer(text, "the saved tokenizer", saved.get("beginning"))
+            return JsonTokenizer(text, "the saved tokenizer", *own)
         case {"kind": "sentencepiece", "model": model}:
-            return SentencePieceTokenizer(base64.b64decode(model), "the saved tokenizer", saved.get("beginning"))
+            return SentencePieceTokenizer(base64.b64decode(model), "the saved tokenizer", *own)
         case {"kind": "none"}:
             raise UserError("this checkpoint has no tokenizer: it was imported from a directory that has none")
     raise UserError(f"a saved tokenizer of kind {saved.get('kind')!r}: valid: bytes, tokenizer.json, sentencepiece")

@@ -19,7 +19,7 @@ STREAM = np.where(RNG.random(64 * 200) < 0.03, END, RNG.integers(1, VOCAB, 64 * 
 PACKED = PackedRows(STREAM, CONTEXT, END, keep_last=True)
 ROWS = [PACKED[i] for i in range(len(PACKED))]
 SHORT = PackedRows(STREAM[:40], CONTEXT, END, keep_last=True)[0]  # 24 tokens of padding
-MASKING = Masking(seed=7, share=0.15, mask_token=MASK, vocab_size=VOCAB, end_of_document=END)
+MASKING = Masking(seed=7, share=0.15, mask_token=MASK, vocab_size=VOCAB, end_of_document=END, beginning=END)
 
 
 def same(a: Batch, b: Batch) -> bool:

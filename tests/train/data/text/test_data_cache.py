@@ -51,7 +51,7 @@ def test_streams_hold_every_document_once_on_its_side(data):
 
 def test_a_large_vocabulary_takes_four_bytes(data):
     class Wide(ByteTokenizer):
-        vocab_size = end_of_document = 70_000
+        vocab_size = end_of_document = beginning = 70_000
 
     assert streams(data, Wide()).train.dtype == np.uint32
     assert streams(data, Wide()).train[0] == 70_000

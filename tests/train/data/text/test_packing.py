@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -46,6 +48,23 @@ def test_rows_equal_the_reference(documents, context, keep_last):
                 segment, previous, position = segment + 1, number, 0
             assert found == (token, target, 1.0, segment, position)
             position += 1
+
+
+@settings(deadline=None, max_examples=100)
+@given(documents=DOCUMENTS, context=st.integers(1, 10))
+def test_a_beginning_of_its_own_opens_each_document_and_is_never_predicted(documents, context):
+    begin = END - 1
+    documents = [[token for token in document if token != begin] for document in documents]
+    stream = np.array([t for document in documents for t in [begin, *document, END]], np.uint16)
+    rows = PackedRows(stream, context, END, keep_last=True, beginning=begin)
+    pairs = [(int(t), int(y)) for i in range(len(rows)) for t, y, w in zip(*rows[i][:3], strict=True) if w]
+    assert pairs == [pair for document in documents for pair in itertools.pairwise([begin, *document, END])]
+    for i in range(len(rows)):  # A document is one segment of a row, its end included.
+        row = rows[i]
+        opens = (row.tokens == begin) & (row.segments > 0)
+        np.testing.assert_array_equal(
+            np.diff(row.segments, prepend=row.segments[:1]) > 0, opens & (np.arange(context) > 0)
+        )
 
 
 @settings(deadline=None, max_examples=100)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import io
 import json
 
@@ -144,6 +145,41 @@ def test_an_end_of_document_that_is_a_plain_word_is_left_out_by_decode(tmp_path)
     tokenizer = from_file(word_level(tmp_path / "t.json", ["unknown", "a", "</s>"]))
     assert (tokenizer.end_of_document, tokenizer.vocab_size) == (2, 3)
     assert tokenizer.decode([2, 1, 2]) == "a"
+
+
+def test_what_ends_an_answer_comes_from_the_model(tmp_path):
+    names = ["unknown", "a", "<|im_end|>", "</s>", "<|endoftext|>", "[END]"]
+    path = str(word_level(tmp_path / "x.json", names))
+    for given, end, ends in (
+        ((), 4, {4}),  # the first name of the table
+        ((2,), 4, {2, 4}),  # an end of turns is no end of documents
+        ((3, 2), 3, {2, 3}),  # the model's own among those of the table
+        (("<|im_end|>", 99, "nowhere"), 4, {2, 4}),
+    ):
+        tokenizer = from_file(path, given)
+        again = from_dict(tokenizer.to_dict())
+        for found in (tokenizer, again):
+            assert (found.end_of_document, found.ends) == (end, ends)
+    unknown = str(word_level(tmp_path / "y.json", ["unknown", "a", "[END]", "[TURN]"]))
+    with pytest.raises(UserError, match="no end-of-document token"):
+        from_file(unknown)
+    tokenizer = from_file(unknown, (3, 2))
+    again = from_dict(tokenizer.to_dict())
+    assert (tokenizer.end_of_document, tokenizer.ends) == (again.end_of_document, again.ends) == (3, {2, 3})
+
+
+def test_bytes_and_sentencepiece_have_files_for_transformers(tmp_path, sentencepiece_model):
+    from tokenizers import Tokenizer
+
+    tokenizer = ByteTokenizer()
+    text = bytes(range(256)).decode("latin-1") + "東京 🙂"
+    there = Tokenizer.from_str(tokenizer.files()["tokenizer.json"].decode())
+    assert there.encode(text).ids == tokenizer.encode(text)
+    assert there.decode(tokenizer.encode(text)) == text
+    assert there.token_to_id("<|endoftext|>") == tokenizer.end_of_document
+    assert json.loads(tokenizer.files()["tokenizer_config.json"])["eos_token"] == "<|endoftext|>"
+    files = from_dict({"kind": "sentencepiece", "model": base64.b64encode(sentencepiece_model)}).files()
+    assert files["tokenizer.model"] == sentencepiece_model
 
 
 def test_bad_tokenizer_files_are_named(tmp_path, sentencepiece_model):
