@@ -16,9 +16,9 @@ setup(
     package_data={"tpu.compile": ["prices.json"]},
     install_requires=[
         "jax>=0.10",
-        "flax>=0.12",
+        "flax>=0.12.2",
         "optax>=0.2.8",
-        "orbax-checkpoint>=0.11",
+        "orbax-checkpoint>=0.11.36",
         "grain>=0.2.12",
         "tensorflow-datasets>=4.9.9",
         "importlib_resources",  # tensorflow-datasets needs it to prepare a data set and does not say so

@@ -150,13 +150,13 @@ def test_an_end_of_document_that_is_a_plain_word_is_left_out_by_decode(tmp_path)
 def test_what_ends_an_answer_comes_from_the_model(tmp_path):
     names = ["unknown", "a", "<|im_end|>", "</s>", "<|endoftext|>", "[END]"]
     path = str(word_level(tmp_path / "x.json", names))
-    for given, end, ends in (
+    for asked, end, ends in (
         ((), 4, {4}),  # the first name of the table
         ((2,), 4, {2, 4}),  # an end of turns is no end of documents
         ((3, 2), 3, {2, 3}),  # the model's own among those of the table
         (("<|im_end|>", 99, "nowhere"), 4, {2, 4}),
     ):
-        tokenizer = from_file(path, given)
+        tokenizer = from_file(path, asked)
         again = from_dict(tokenizer.to_dict())
         for found in (tokenizer, again):
             assert (found.end_of_document, found.ends) == (end, ends)
