@@ -15,7 +15,7 @@ from typing import Any
 import jax
 import numpy as np
 import pytest
-from tests.model.test_rope import SCALED
+from tests.model.positions.test_rope import SCALED
 
 from model.config import ModelConfig, VisionConfig
 from model.families.known import FAMILIES, describe, that_can_express
