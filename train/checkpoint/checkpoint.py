@@ -23,9 +23,11 @@ import logging
 import math
 import os
 import re
-from collections.abc import Collection
+import sys
+from collections.abc import Callable, Collection
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
+from types import TracebackType
 from typing import Any
 
 import jax
@@ -58,6 +60,8 @@ class Checkpointer:
         distributed.decide(self._prepare)
         for name in ("absl", "asyncio"):
             logging.getLogger(name).addFilter(_not_an_orbax_error)
+        if not isinstance(sys.excepthook, _WithoutClosedLoops):
+            sys.excepthook = _WithoutClosedLoops(sys.excepthook)
         self._run = run
         self._losses = _losses(self.directory) if distributed.leads() else {}
         self._manager: ocp.CheckpointManager | None = None
@@ -279,6 +283,20 @@ def _open_manager(directory: Path) -> ocp.CheckpointManager:
 def _not_an_orbax_error(record: logging.LogRecord) -> bool:
     """Drops the tracebacks that Orbax, and asyncio for it, log beside an exception that is raised: ours is one line."""
     return record.levelno < logging.ERROR or "orbax" not in record.pathname + logging.Formatter().format(record)
+
+
+class _WithoutClosedLoops:
+    """A sys.excepthook that says nothing of a write that ends after the one that failed, to whom nobody listens any more.
+
+    Tensorstore hands each such end to the event loop of Orbax, which is closed by then, and shows what comes of it.
+    """
+
+    def __init__(self, hook: Callable[..., Any]) -> None:
+        self._hook = hook
+
+    def __call__(self, kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+        if not (kind is RuntimeError and str(error) == "Event loop is closed"):
+            self._hook(kind, error, trace)
 
 
 def _cause(error: Exception) -> str:

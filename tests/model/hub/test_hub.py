@@ -15,7 +15,6 @@ from typing import Any
 import jax
 import numpy as np
 import pytest
-from tests.model.positions.test_rope import SCALED
 
 from model.config import ModelConfig, VisionConfig
 from model.families.known import FAMILIES, describe, that_can_express
@@ -26,6 +25,7 @@ from model.hub.export_model import export_model
 from model.hub.import_model import Opened, import_model, row_length
 from model.kinds import init
 from model.safetensors import DTYPES, open_directory, write_directory
+from tests.model.positions.test_rope import SCALED
 from tpu.errors import UserError
 from tpu.mesh import make_mesh
 from train.checkpoint import checkpoint

@@ -612,6 +612,17 @@ def test_file_too_large(tmp_path):
     manifest.verify(tmp_path / "30")
 
 
+def test_writes_that_end_after_one_failed_say_nothing(tmp_path, monkeypatch):
+    seen = []
+    monkeypatch.setattr(sys, "excepthook", lambda kind, error, trace: seen.append(error))
+    for _ in range(2):
+        Checkpointer(tmp_path, RunConfig()).close()
+    ours = [RuntimeError("Event loop is not closed"), ValueError("Event loop is closed")]
+    for error in (RuntimeError("Event loop is closed"), *ours):
+        sys.excepthook(type(error), error, None)
+    assert seen == ours
+
+
 def test_what_json_cannot_hold_is_a_mistake_of_the_caller(tmp_path):
     checkpointer = Checkpointer(tmp_path, RunConfig())
     with pytest.raises(TypeError, match="JSON"):
