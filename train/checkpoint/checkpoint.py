@@ -286,7 +286,7 @@ def _not_an_orbax_error(record: logging.LogRecord) -> bool:
 
 
 class _WithoutClosedLoops:
-    """A sys.excepthook that says nothing of a write that ends after the one that failed, to whom nobody listens any more.
+    """A sys.excepthook that says nothing of a write that ends after the one that failed, when nobody listens any more.
 
     Tensorstore hands each such end to the event loop of Orbax, which is closed by then, and shows what comes of it.
     """
