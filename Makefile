@@ -22,9 +22,9 @@ quickstart: $(VENV)/.installed
 
 sight: $(VENV)/.installed
 	$(TRAIN_SIGHT):text --workdir=$(SIGHT)/text
-	$(TRAIN_SIGHT):align --workdir=$(SIGHT)/align --config.run.start="('$(SIGHT)/text',)"
-	$(TRAIN_SIGHT):captions --workdir=$(SIGHT)/captions --config.run.start="('$(SIGHT)/align',)"
-	$(TRAIN_SIGHT):questions --workdir=$(SIGHT)/questions --config.run.start="('$(SIGHT)/captions',)"
+	$(TRAIN_SIGHT):align --workdir=$(SIGHT)/align --config.run.start=$(SIGHT)/text
+	$(TRAIN_SIGHT):captions --workdir=$(SIGHT)/captions --config.run.start=$(SIGHT)/align
+	$(TRAIN_SIGHT):questions --workdir=$(SIGHT)/questions --config.run.start=$(SIGHT)/captions
 	$(BIN)/python -m train.evaluate --checkpoint=$(SIGHT)/questions --page=$(SIGHT)/answers.html --json=$(SIGHT)/answers.json
 
 test: $(VENV)/.installed-test

@@ -1,7 +1,7 @@
 """Fine-tuning by an adapter: lora, dora, bottleneck, prefix, bias. Model and tokenizer come from the base.
 
     python -m train.finetune --checkpoint=runs/quickstart --config=configs/adapter.py:lora --workdir=runs/lora \\
-        --config.data.sources="('corpus/*.jsonl',)"
+        --config.data.sources=corpus/*.jsonl
 
 Bring a corpus. Learning rates are those at which each did well on the quick start's model (docs/adapters.md).
 """

@@ -2,7 +2,7 @@
 
     python -m train.pretrain --config=configs/bert.py:tiny --workdir=runs/bert
     python -m train.pretrain --config=configs/bert.py:tiny,classification --workdir=runs/task
-        --config.data.sources="('reviews.jsonl',)" --config.model.labels=2
+        --config.data.sources=reviews.jsonl --config.model.labels=2
 
 The task is any objective of an encoder: classification, regression, multi_label, token_classification, span. Records
 are lines such as {"text": "...", "label": "good"}; train/data/text/labelled.py says what a label is for each.

@@ -2,7 +2,7 @@
 
     python -m train.pretrain --config=configs/clip.py:scenes --workdir=runs/clip
     python -m train.pretrain --config=configs/clip.py:b32 --dry_run
-    python -m train.pretrain --config=configs/clip.py:b32 --config.data.sources="('shards-{000..099}.tar',)" ...
+    python -m train.pretrain --config=configs/clip.py:b32 --config.data.sources="shards-{000..099}.tar" ...
 
 "scenes" learns the captions of scenes in minutes on two CPU cores (docs/sight.md); "scenes-siglip" does so with
 SigLIP's loss. The others are the papers' shapes and batches.

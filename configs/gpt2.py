@@ -3,7 +3,7 @@
     python -m train.pretrain --config=configs/gpt2.py:124m --workdir=runs/gpt2
 
 The published sizes; batch and learning rate as the GPT-3 paper gives for the nearest size. Bring a corpus:
---config.data.sources="('corpus/*.jsonl',)" and GPT-2's tokenizer.json, or train a tokenizer of that size.
+--config.data.sources=corpus/*.jsonl and GPT-2's tokenizer.json, or train a tokenizer of that size.
 """
 
 from model.config import ModelConfig

@@ -2,9 +2,9 @@
 
     python -m train.pretrain --config=configs/sight.py:cross,text --workdir=runs/s/text
     python -m train.pretrain --config=configs/sight.py:cross,captions --workdir=runs/s/captions \\
-        --config.run.start="('runs/s/text',)"
+        --config.run.start=runs/s/text
     python -m train.pretrain --config=configs/sight.py:cross,questions --workdir=runs/s/questions \\
-        --config.run.start="('runs/s/captions',)"
+        --config.run.start=runs/s/captions
     python -m train.evaluate --checkpoint=runs/s/questions --page=answers.html
 
 The first argument is the fusion: merge, cross, co or tangled. The second is the stage; `start` says from which other it

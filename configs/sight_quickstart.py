@@ -2,7 +2,7 @@
 
     python -m train.pretrain --config=configs/sight_quickstart.py:text --workdir=runs/sight/text
     python -m train.pretrain --config=configs/sight_quickstart.py:align --workdir=runs/sight/align \\
-        --config.run.start="('runs/sight/text',)"
+        --config.run.start=runs/sight/text
     ... and so with captions, from align, and questions, from captions; then
     python -m train.evaluate --checkpoint=runs/sight/questions --page=runs/sight/answers.html
 

@@ -2,7 +2,7 @@
 
     python -m train.pretrain --config=configs/t5.py:tiny --workdir=runs/t5
     python -m train.pretrain --config=configs/t5.py:tiny,sequence_to_sequence --workdir=runs/task
-        --config.data.sources="('pairs.jsonl',)" --config.data.target_context=32
+        --config.data.sources=pairs.jsonl --config.data.target_context=32
 
 Without a task the model learns to write spans that were cut out of text. Pairs are lines such as {"text": "...",
 "label": "..."}; `python -m serve.generate --checkpoint=runs/task --prompt="..."` writes the label of a text.

@@ -1,7 +1,7 @@
 """The original Transformer (arXiv:1706.03762, table 3): base and big, from text to text.
 
     python -m train.pretrain --config=configs/transformer.py:base --workdir=runs/translate
-        --config.data.sources="('pairs.jsonl',)"
+        --config.data.sources=pairs.jsonl
 
 Pairs are lines such as {"text": "...", "label": "..."}. The learning rate falls as a cosine, not as 1 / sqrt(step).
 """

@@ -1,7 +1,7 @@
 """Vision transformers that name classes (arXiv:2010.11929): published shapes, and a small one for 8 x 8 digits.
 
     python -m train.pretrain --config=configs/vit.py:digits --workdir=runs/vit \\
-        --config.data.sources="('digits/*.jsonl',)"
+        --config.data.sources=digits/*.jsonl
     python -m train.pretrain --config=configs/vit.py:b16 --dry_run
 
 A record is an image and its class as the answer, as train.data.chat.sources reads them; the paper's batches and rates.

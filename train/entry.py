@@ -180,7 +180,7 @@ def _parse(argv: list[str]) -> list[str]:
     try:
         for argument in argv[1:]:
             _check_override(argument)
-        rest = FLAGS(argv)
+        rest = FLAGS(_with_tuples(argv))
         if len(rest) > 1:
             raise UserError(f"{rest[1]!r} is not a flag; flags begin with --")
         config = FLAGS["config"].value if "config" in FLAGS else None
@@ -206,6 +206,26 @@ def _check_override(argument: str) -> None:
         _field_type(match[1])
 
 
+def _with_tuples(argv: list[str]) -> list[str]:
+    """`argv` with overrides such as `--config.data.sources=a,b` as the tuples of strings that they stand for."""
+    argv = list(argv)
+    for place, argument in enumerate(argv):
+        match = re.fullmatch(r"--?config\.([\w.]+)(?:=(.*))?", argument, re.DOTALL)
+        if place == 0 or not match or _field_type(match[1]) != tuple[str, ...]:
+            continue
+        if match[2] is not None:
+            argv[place] = f"--config.{match[1]}={_as_tuple(match[2])}"
+        elif place + 1 < len(argv):
+            argv[place + 1] = _as_tuple(argv[place + 1])
+    return argv
+
+
+def _as_tuple(text: str) -> str:
+    """`a,b` as `('a', 'b')`; what is in brackets or quotes stays as it is."""
+    names = [name.strip() for name in text.split(",")]
+    return text if text.lstrip().startswith(("(", "[", "'", '"')) or not all(names) else repr(tuple(names))
+
+
 def _field_type(path: str) -> typing.Any:
     """The declared type of a field of the experiment, such as "model.layers"."""
     hint: typing.Any = Experiment
@@ -228,7 +248,7 @@ def _illegal_value(message: str) -> str:
     hint = _field_type(match[1])
     if dataclasses.is_dataclass(hint):
         return f"config.{match[1]}={match[2]}: set one of its fields: {', '.join(typing.get_type_hints(hint))}"
-    example = """, such as "('a', 'b')" or "('a',)" """ if typing.get_origin(hint) is tuple else ""
+    example = """, such as a,b or "('a', 'b')" """ if hint == tuple[str, ...] else ""
     return f"config.{match[1]}={match[2]}: must be {type_name(hint)}{example}"
 
 

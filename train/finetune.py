@@ -1,7 +1,7 @@
 """Trains an adapter on a checkpoint whose weights stay as they are, or goes on with one: the same command does both.
 
     python -m train.finetune --checkpoint=runs/base --config=configs/adapter.py:lora --workdir=runs/lora \\
-        --config.data.sources="('corpus/*.jsonl',)" [--config.adapter.rank=16 ...]
+        --config.data.sources=corpus/*.jsonl [--config.adapter.rank=16 ...]
 
 Model and tokenizer are those of the checkpoint, and so is how images are made to fit and what stands around each turn,
 where the experiment does not set it; everything else is the experiment's. The workdir's checkpoints hold the adapter

@@ -39,6 +39,11 @@ MISTAKES = [
     ("MINI --config.optimizer.eps=small", "config.optimizer.eps=small: must be a finite number"),
     ("MINI --config.model.tied_head=maybe", "config.model.tied_head=maybe: must be true or false"),
     ("MINI --config.data.weights=much", "data.weights"),
+    (
+        "MINI --config.data.sources=a,,b",
+        "sources=a,,b: must be a tuple of str, such as a,b or \"('a', 'b')\"",
+    ),
+    ("MINI --config.data.sources=(a,b", "config.data.sources=(a,b: must be a tuple of str"),
     ("MINI --config.data=big", "config.data=big: set one of its fields: sources, "),
     ("MINI --config.model.heads=3", "model.heads=3: does not divide model.embed_dim=256; valid: 1, 2, 4, 8, "),
     ("MINI --config.data.context=512", "data.context=512: longer than the learned positions; valid: 1 to "),
@@ -87,7 +92,6 @@ def test_a_config_file_that_fails_is_one_line(tmp_path, content, message):
 
 ENTRY = """
 import sys
-from tpu.errors import UserError
 from train import entry
 def main():
     {}
@@ -196,6 +200,33 @@ def test_a_reader_that_leaves_is_no_error(arguments):
     assert (done.returncode in (141, -signal.SIGPIPE), done.stderr) == (True, "")
 
 
+@pytest.mark.parametrize(
+    ("given", "names"),
+    [
+        ("corpus/*.jsonl", ("corpus/*.jsonl",)),
+        ("a.jsonl,b.jsonl", ("a.jsonl", "b.jsonl")),
+        ("a, b", ("a", "b")),
+        ("5", ("5",)),
+        ("tfds:wiki:train[:1%]", ("tfds:wiki:train[:1%]",)),
+        ("('a','b')", ("a", "b")),
+        ("('a,b',)", ("a,b",)),
+        ("['(a)']", ("(a)",)),
+        ("'a','b'", ("a", "b")),
+        ("'a,b'", ("a,b",)),
+        ("()", ()),
+    ],
+)
+def test_tuples_of_strings_are_given_plainly_or_as_python_writes_them(given, names):
+    from ml_collections.config_flags.tuple_parser import TupleParser
+
+    for argv in ([f"--config.data.sources={given}"], ["--config.data.sources", given]):
+        found = entry._with_tuples(["train.pretrain", *argv, "--config.run.steps=3", "--config=a,b"])
+        assert TupleParser().parse(found[-3].removeprefix("--config.data.sources=")) == names
+        assert found[-2:] == ["--config.run.steps=3", "--config=a,b"]
+    numbers = ["train.pretrain", "--config.data.weights=0.5,2.0", "--workdir=a,b"]
+    assert entry._with_tuples(numbers) == numbers
+
+
 def test_overrides_reach_the_experiment(tmp_path):
     """Numbers, truth values, tuples, strings, and a file of one's own elsewhere."""
     path = tmp_path / "mine.py"
@@ -206,6 +237,7 @@ def test_overrides_reach_the_experiment(tmp_path):
         "model.pattern": "('local', 'global')",
         "model.window": "8",
         "data.sources": "('a.txt', 'b.txt')",
+        "run.start": "runs/a,runs/b",
         "data.weights": "(0.5, 2.0)",
         "optimizer.learning_rate": "1e-4",
         "optimizer.no_decay": "()",
@@ -215,6 +247,11 @@ def test_overrides_reach_the_experiment(tmp_path):
     flags = [f"--config.{field}={value}" for field, value in given.items()]
     done = call(f"--config={path}", "--dry_run", "--noconfig.run.tensorboard", *flags)
     assert (done.returncode, done.stderr) == (0, "")
-    wanted = given | {"model.tied_head": "False", "name": "'mine'", "optimizer.learning_rate": "0.0001"}
+    wanted = given | {
+        "run.start": "('runs/a', 'runs/b')",
+        "model.tied_head": "False",
+        "name": "'mine'",
+        "optimizer.learning_rate": "0.0001",
+    }
     for field, value in (wanted | {"run.tensorboard": "False"}).items():
         assert f"{field} = {value}" in done.stdout.splitlines()

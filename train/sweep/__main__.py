@@ -54,7 +54,8 @@ if __name__ == "__main__":
 def main() -> int:
     """Runs or lists the sweep of --config."""
     asked = entry.FLAGS
-    entry.need_writable(json=asked.json)
+    if asked.dry_run or not _lies_in(asked.json, asked.workdir):
+        entry.need_writable(json=asked.json)
     sweep = _sweep_from_flags()
     if asked.dry_run:
         trials = _list(sweep)
@@ -68,6 +69,11 @@ def main() -> int:
         report["trials"] = sweep_report.rows(trials)
         entry.write_json(report)
     return int(not asked.dry_run and any(trial.record.state == "failed" for trial in trials))
+
+
+def _lies_in(file: str | None, workdir: str | None) -> bool:
+    """Whether a file is to be written into the workdir itself, which the sweep makes."""
+    return bool(file and workdir) and pathlib.Path(file).absolute().parent == pathlib.Path(workdir).absolute()
 
 
 def _sweep_from_flags() -> Sweep:

@@ -573,8 +573,13 @@ def test_real_trials_of_the_command(tmp_path, config):
     """A grid of three, of which one alone by its index, and then the whole: two more."""
     space = "--space=optimizer.learning_rate=[1e-3, 1e-1, 1e-30]"
     common = (f"--config={config}", f"--workdir={tmp_path / 'sweep'}", space, "--config.model.embed_dim=16")
-    one = call(*common, "--sweep_index=2")
+    for flags in (("--dry_run", f"--json={tmp_path / 'sweep' / 'table.json'}"), (f"--json={tmp_path / 'no' / 'x'}",)):
+        refused = call(*common, *flags)
+        assert (refused.returncode, "its directory does not exist" in refused.stderr) == (2, True)
+    assert not (tmp_path / "sweep").exists()
+    one = call(*common, "--sweep_index=2", f"--json={tmp_path / 'sweep' / 'one.json'}")
     assert one.returncode == 0, one.stdout + one.stderr
+    assert len(json.loads((tmp_path / "sweep" / "one.json").read_text())["trials"]) == 1
     assert "learning_rate=1e-30: finished, eval.loss 5." in one.stdout
     assert [p.parent.name for p in tmp_path.glob("sweep/*/trial.json")] == ["learning_rate=1e-30"]
     assert not list(tmp_path.glob("sweep/*.png"))
