@@ -140,7 +140,7 @@ def _linear(q: Any, k: Any, v: Any, decay: Any, segments: Any, plain: bool, kind
 
 def decode_error(fields: dict[str, Any]) -> float:
     """Largest difference of a model's logits, by its cache token for token and by full forward passes, relative too."""
-    config = placed(fields | {"sparse_block": 8} | ({"window": 9} if "window" in fields else {}))
+    config = placed(fields | {name: size for name, size in (("sparse_block", 8), ("window", 9)) if name in fields})
     graphdef, weights = drawn(config)
     tokens = np.random.default_rng(0).integers(0, 512, (2, 96)).astype(np.int32)
     place = Place(np.ones_like(tokens), np.broadcast_to(np.arange(96, dtype=np.int32), tokens.shape))

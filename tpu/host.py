@@ -55,6 +55,12 @@ def cpu_multiplies_bfloat16() -> bool:
 
 def fast_dtype(backend: str) -> str:
     """The number format that `compute_dtype="auto"` stands for on a back end ("cpu", "gpu" or "tpu")."""
+    if backend == "gpu":
+        import jax
+
+        # Before Ampere (8.0) NVIDIA's GPUs multiply no bfloat16, and cuDNN has no flash attention for them.
+        capability = str(getattr(jax.devices("gpu")[0], "compute_capability", ""))
+        return "float32" if capability[:2] in ("6.", "7.") else "bfloat16"
     return "bfloat16" if backend != "cpu" or cpu_multiplies_bfloat16() else "float32"
 
 

@@ -8,6 +8,9 @@ from model.config import ModelConfig
 from model.fields.limits import choice, given, number
 from tpu.errors import UserError
 
+CORRUPTING = {"objective.name": ("masked", "span_corruption")}
+LOW_RANK = {"adapter.kind": ("lora", "dora")}
+
 
 @dataclasses.dataclass
 class DataConfig:
@@ -29,7 +32,8 @@ class DataConfig:
     cache_dir: str = ""  # "": $FOURSIGHT_CACHE, else ~/.cache/foursight
     label_field: str = "label"  # of labelled records (train.data.text.labelled)
     pair_field: str = ""  # of labelled records: a second text, such as a question about the first; "": there is none
-    target_context: int = number(0, at_least=0)  # tokens of a sequence_to_sequence target; 0: data.context
+    # tokens of a target; 0: data.context
+    target_context: int = number(0, at_least=0, of={"objective.name": ("sequence_to_sequence",)})
     # images per row, at most (of a model that sees); train.data.chat.rows says what is read
     images: int = number(1, at_least=1, from_base=True, free=True)
     # how images are made to fit (train.data.images.look)
@@ -58,9 +62,11 @@ class ObjectiveConfig:
     """What is to be predicted."""
 
     name: str = "next_token"  # one of train.objectives.OBJECTIVES
-    corruption: float = number(0.15, above=0, below=1)  # of masked and span_corruption: the share of tokens to predict
-    span_length: float = number(3.0, at_least=1)  # of span_corruption: the mean length of what is cut out
-    special_token: int = -1  # the mask, or the first sentinel, the others below it; -1: model.vocab_size - 1
+    corruption: float = number(0.15, above=0, below=1, of=CORRUPTING)  # the share of tokens to predict
+    # the mean length of what is cut out
+    span_length: float = number(3.0, at_least=1, of={"objective.name": ("span_corruption",)})
+    # the mask, or the first sentinel, the others below it; -1: model.vocab_size - 1
+    special_token: int = given(-1, of=CORRUPTING)
 
     def spans(self, context: int) -> tuple[int, int]:
         """Of span_corruption: how many tokens of a row are cut out, and in how many spans."""
@@ -81,8 +87,9 @@ class LossConfig:
     label_smoothing: float = number(0.0, at_least=0, below=1)
     z_loss: float = number(0.0, at_least=0)  # weight of log(Z)^2 (PaLM, arXiv:2204.02311, section 5)
     # weight of the experts' load-balance loss (Switch: 0.01); see train.optimize.balance
-    balance_loss: float = number(0.0, at_least=0)
-    router_z_loss: float = number(0.0, at_least=0)  # weight of the routers' z-loss (ST-MoE: 0.001)
+    balance_loss: float = number(0.0, at_least=0, of={"model.experts": ()})
+    # weight of the routers' z-loss (ST-MoE: 0.001)
+    router_z_loss: float = number(0.0, at_least=0, of={"model.experts": ()})
     # tokens whose logits exist at one time; 0: as many as make 64 MiB of logits
     chunk_tokens: int = number(0, at_least=0)
 
@@ -108,14 +115,14 @@ class OptimizerConfig:
     clip_norm: float = number(1.0, at_least=0)  # 0: no clipping
     accumulation: int = number(1, at_least=1)  # micro-batches per step
     ema_decay: float = number(0.0, at_least=0, below=1)  # 0: no moving average of the weights
-    # with model.router_bias: how far a step moves each of its entries
-    router_bias_rate: float = number(1e-3, at_least=0)
+    # how far a step moves each entry of the routers' biases
+    router_bias_rate: float = number(1e-3, at_least=0, of={"model.router_bias": ()})
     offload: bool = False  # keep the optimizer's state in the hosts' memory (TPU, GPU)
     # steps that each copy of the weights along mesh.data takes by itself (DiLoCo); 0: synchronous
     local_steps: int = number(0, at_least=0)
-    # with local_steps: of SGD with Nesterov's momentum, on the copies' mean change
-    outer_learning_rate: float = number(0.7, above=0)
-    outer_momentum: float = number(0.9, at_least=0, below=1)
+    # of SGD with Nesterov's momentum, on the copies' mean change
+    outer_learning_rate: float = number(0.7, above=0, of={"optimizer.local_steps": ()})
+    outer_momentum: float = number(0.9, at_least=0, below=1, of={"optimizer.local_steps": ()})
 
 
 @dataclasses.dataclass
@@ -179,12 +186,12 @@ class AdapterConfig:
     # bias: BitFit; none: all weights are trained
     kind: str = choice("none", "lora", "dora", "bottleneck", "prefix", "bias")
     targets: tuple[str, ...] = (r"attention\.(query|value)$",)  # of lora, dora: patterns, found in the matrices' paths
-    rank: int = number(8, at_least=1)  # of lora, dora
-    alpha: float = number(16.0, above=0)  # what is added is scaled by alpha / rank
-    rslora: bool = False  # by alpha / sqrt(rank) instead (arXiv:2312.03732)
-    dropout: float = number(0.0, at_least=0, below=1)  # of what lora and dora multiply
-    bottleneck_dim: int = number(64, at_least=1)  # of bottleneck
-    prefix_tokens: int = number(16, at_least=1)  # of prefix
+    rank: int = number(8, at_least=1, of=LOW_RANK)
+    alpha: float = number(16.0, above=0, of=LOW_RANK)  # what is added is scaled by alpha / rank
+    rslora: bool = given(False, of=LOW_RANK)  # by alpha / sqrt(rank) instead (arXiv:2312.03732)
+    dropout: float = number(0.0, at_least=0, below=1, of=LOW_RANK)  # of what they multiply
+    bottleneck_dim: int = number(64, at_least=1, of={"adapter.kind": ("bottleneck",)})
+    prefix_tokens: int = number(16, at_least=1, of={"adapter.kind": ("prefix",)})
 
 
 # kind of adapter: the field, of that name in AdapterConfig and ModelConfig, by which the model has its modules

@@ -167,6 +167,8 @@ def _plain_log_lines() -> None:
 
 def fail(message: str) -> NoReturn:
     """Prints one line to standard error and exits with status 2."""
+    if "No module named 'model.vision_config'" in message:  # as imports wrote it into their experiment.py
+        message += "; VisionConfig has moved: write `from model.config import VisionConfig` in that file"
     print(f"error: {' '.join(message.split())}", file=sys.stderr)
     sys.exit(2)
 

@@ -61,7 +61,10 @@ def from_dict(cls: type, tree: dict[str, Any], prefix: str = "") -> Any:
     hints = _hints(cls)
     unknown = sorted(set(tree) - set(hints))
     if unknown:
-        raise UserError(f"{prefix}{unknown[0]}: no such field; valid: {', '.join(hints)}")
+        raise UserError(
+            f"{prefix}{unknown[0]}: no such field; valid: {', '.join(hints)}; where another version of this code wrote "
+            "it, use that version, or take the field out of the file"
+        )
     values = {}
     for name, value in tree.items():
         hint = hints[name]

@@ -7,6 +7,7 @@ from model.fields.limits import choice, number
 from tpu.errors import UserError
 
 LAYERS = ("global", "local", "sparse", "linear", "gated_linear", "knn")  # what model.pattern is made of
+SPARSE = {"model.pattern": ("sparse",)}
 
 
 @dataclasses.dataclass
@@ -22,16 +23,16 @@ class Attention:
     qk_norm: bool = False  # RMSNorm of queries and keys (arXiv:2302.05442)
     qk_norm_over: str = choice("head_dim", "projection")  # projection: all heads at once (OLMo 2, arXiv:2501.00656)
     # tokens of a block of a "sparse" layer (model.attention.block_sparse_attention)
-    sparse_block: int = number(64, at_least=1)
-    sparse_newest: int = number(3, at_least=1)  # blocks it sees that end with the query's own
-    sparse_first: int = number(1, at_least=0)  # blocks it sees at the beginning of the document
-    sparse_random: int = number(2, at_least=0)  # older blocks it sees, drawn
-    sparse_seed: int = number(0, at_least=0)
+    sparse_block: int = number(64, at_least=1, of=SPARSE)
+    sparse_newest: int = number(3, at_least=1, of=SPARSE)  # blocks it sees that end with the query's own
+    sparse_first: int = number(1, at_least=0, of=SPARSE)  # blocks it sees at the beginning of the document
+    sparse_random: int = number(2, at_least=0, of=SPARSE)  # older blocks it sees, drawn
+    sparse_seed: int = number(0, at_least=0, of=SPARSE)
     # tokens before the row that layers see (Transformer-XL, model.attention.memory); needs data.contiguous
     memory: int = number(0, at_least=0)
     # tokens before the row among which "knn" layers look for their nearest neighbours
     knn_memory: int = number(0, at_least=0)
-    knn_neighbours: int = number(32, at_least=1)  # of them, each query takes so many
+    knn_neighbours: int = number(32, at_least=1, of={"model.pattern": ("knn",)})  # of them, each query takes so many
 
     def check(self) -> None:
         """Raises UserError for layers and memories that do not go together."""

@@ -4,11 +4,12 @@
 
 free       may differ from that of the checkpoint it goes on with: it changes no weight, nor what weights mean
 from_base  taken from the checkpoint that an adapter is trained on
-of         fields by whose values it has an effect, such as {"model.fusion": ("co", "tangled")}
+of         fields by whose values it has an effect, such as {"model.fusion": ("co", "tangled")}; (): any but 0
 zero       of a field for which its 0 stands
 """
 
 import dataclasses
+import functools
 import operator
 from collections.abc import Mapping
 from typing import Any
@@ -40,7 +41,7 @@ def choice(*valid: Any, default: Any = None, **marks: Any) -> Any:
 
 def given(default: Any, *, of: Of | None = None, **metadata: Any) -> Any:
     """A field without limits, which may be `free`, `from_base` or `of` others."""
-    return dataclasses.field(default=default, metadata=metadata | {"of": of or {}})
+    return dataclasses.field(default=default, metadata=metadata | ({"of": of} if of else {}))
 
 
 def marked(branch: type, mark: str) -> tuple[str, ...]:
@@ -52,30 +53,39 @@ def check_field(name: str, value: Any, metadata: Mapping[str, Any]) -> None:
     """Raises UserError where the value of the field `name` is not within the limits of its metadata."""
     if "valid" in metadata and value not in metadata["valid"]:
         raise UserError(f"{name}={value!r}: valid: {', '.join(map(str, metadata['valid']))}")
-    limits = {word: metadata[word] for word in COMPARISONS if word in metadata}
-    if not all(COMPARISONS[word](value, limit) for word, limit in limits.items()):
-        raise UserError(f"{name}={value}: must be {_in_words(limits)}")
+    for word, fits in COMPARISONS.items():
+        if word in metadata and not fits(value, metadata[word]):
+            limits = {word: metadata[word] for word in COMPARISONS if word in metadata}
+            raise UserError(f"{name}={value}: must be {_in_words(limits)}")
 
 
 def check_fields(branch: Any, name: str) -> None:
     """Raises UserError for the first field of a dataclass, itself called `name`, that is not within its limits."""
-    for field in dataclasses.fields(branch):
+    for field in _told(type(branch)):
         check_field(f"{name}.{field.name}", getattr(branch, field.name), field.metadata)
 
 
 def check_effects(branch: Any, name: str, root: Any) -> None:
     """Raises UserError for a field of a branch, called `name`, that is no default and has no effect in the tree
     `root`."""
-    for field in dataclasses.fields(branch):
+    for field in _told(type(branch)):
         value = getattr(branch, field.name)
-        silent = (field.default, *(operator.attrgetter(path)(root) for path in field.metadata.get("zero", ())))
-        for path, valid in field.metadata.get("of", {}).items():
+        if value == field.default or "of" not in field.metadata:
+            continue
+        if value in [operator.attrgetter(path)(root) for path in field.metadata.get("zero", ())]:
+            continue
+        for path, valid in field.metadata["of"].items():
             found = operator.attrgetter(path)(root)
-            if value not in silent and not set(found if isinstance(found, tuple) else (found,)) & set(valid):
-                raise UserError(
-                    f"{name}.{field.name}={value!r}: has no effect with {path}={found!r}, only with "
-                    f"{', '.join(map(str, valid))}"
-                )
+            fits = set(found if isinstance(found, tuple) else (found,)) & set(valid) if valid else found
+            if not fits:
+                only = f"only with {', '.join(map(str, valid))}" if valid else f"give {path}"
+                raise UserError(f"{name}.{field.name}={value!r}: has no effect with {path}={found!r}, {only}")
+
+
+@functools.cache  # A planner checks ten thousands of experiments.
+def _told(branch: type) -> tuple[dataclasses.Field, ...]:
+    """The fields of which anything is said."""
+    return tuple(field for field in dataclasses.fields(branch) if field.metadata)
 
 
 def _in_words(limits: Mapping[str, float]) -> str:

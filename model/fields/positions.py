@@ -2,8 +2,12 @@
 
 import dataclasses
 
-from model.fields.limits import choice, number
+from model.fields.limits import choice, given, number
 from tpu.errors import UserError
+
+SCALINGS = ("linear", "ntk", "dynamic", "yarn", "llama3")
+SCALED, BANDS = {"model.rope_scaling": SCALINGS}, {"model.rope_scaling": ("yarn", "llama3")}
+RELATIVE = {"model.positions": ("relative",)}
 
 
 @dataclasses.dataclass
@@ -15,19 +19,20 @@ class Positions:
     rope_theta: float = number(10_000.0, above=0)
     rope_interleaved: bool = False  # turns the pairs (2i, 2i + 1) as GPT-J does, not (i, i + head_dim / 2)
     # what stretches a trained context (model.positions.rope)
-    rope_scaling: str = choice("none", "linear", "ntk", "dynamic", "yarn", "llama3")
-    rope_factor: float = number(1.0, at_least=1)  # by how much
-    rope_original_context: int = number(0, at_least=0)  # only with dynamic, yarn and llama3: the trained context
+    rope_scaling: str = choice("none", *SCALINGS)
+    rope_factor: float = number(1.0, at_least=1, of=SCALED)  # by how much
+    rope_original_context: int = number(0, at_least=0)  # the trained context; of dynamic, yarn and llama3
     # yarn, llama3: turns in that context up to which a frequency is divided by rope_factor
-    rope_slow: float = number(1.0, above=0)
-    rope_fast: float = number(0.0, at_least=0)  # and from which on it stays; 0: 32 (yarn), 4 (llama3)
+    rope_slow: float = number(1.0, above=0, of=BANDS)
+    rope_fast: float = number(0.0, at_least=0, of=BANDS)  # and from which on it stays; 0: 32 (yarn), 4 (llama3)
     # yarn: multiplies queries and keys; 0: 0.1 ln(rope_factor) + 1
-    rope_attention_factor: float = number(0.0, at_least=0)
+    rope_attention_factor: float = number(0.0, at_least=0, of={"model.rope_scaling": ("yarn",)})
     rope_local_theta: float = number(0.0, at_least=0)  # of "local" layers, unscaled (Gemma 3); 0: as the other layers
     # Pairs that turn with a token's time, row and column (M-RoPE, arXiv:2409.12191); (): all with its place in the text
     rope_sections: tuple[int, ...] = ()
-    relative_buckets: int = 32  # only with positions="relative" (T5): rows of the table of score biases
-    relative_distance: int = 128  # from which distance on all share a row
+    # only with positions="relative" (T5): rows of the table of score biases
+    relative_buckets: int = given(32, of=RELATIVE)
+    relative_distance: int = given(128, of=RELATIVE)  # from which distance on all share a row
 
     def derive(self) -> None:
         """Fills in rope_fast."""

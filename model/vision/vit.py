@@ -28,10 +28,10 @@ from model.vision.interpolation import interpolated
 
 
 def tower_config(config: ModelConfig) -> ModelConfig:
-    """The shape of the encoder's layers."""
+    """The shape of the encoder's layers; their attention is the text's kernel, where it computes them, or plain."""
     vision = config.vision
     same = ("weight_dtype", "compute_dtype", "platform", "layer_loop", "remat", "init_std")
-    return dataclasses.replace(
+    tower = dataclasses.replace(
         ModelConfig(
             kind="encoder",
             layers=vision.layers,
@@ -45,11 +45,15 @@ def tower_config(config: ModelConfig) -> ModelConfig:
             norm=vision.norm,
             norm_eps=vision.norm_eps,
             init=vision.init,
-            attention=config.attention if config.attention in ("splash", "cudnn") else "plain",
+            attention="plain",
             vision=dataclasses.replace(vision, encoder="none"),
         ),
         **{name: getattr(config, name) for name in same},
     ).resolved()
+    if config.attention in ("splash", "cudnn"):
+        kernel, _ = tower.attention_for({"splash": "tpu", "cudnn": "gpu"}[config.attention], "bfloat16")
+        tower.attention = config.attention if kernel == config.attention else "plain"
+    return tower
 
 
 def patches(x: jax.Array, size: int, across: int = 0) -> jax.Array:

@@ -73,3 +73,13 @@ def test_a_platform_that_there_is_not():
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, text=True)
     assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1)
     assert done.stderr.startswith("error: JAX_PLATFORMS=cpuu: jax cannot start there")
+
+
+@pytest.mark.parametrize(
+    ("capability", "found"), [("7.5", "float32"), ("6.1", "float32"), ("8.0", "bfloat16"), ("12.0", "bfloat16")]
+)
+def test_auto_takes_no_bfloat16_where_a_gpu_has_none(capability, found, monkeypatch):
+    """cuDNN's flash attention, which auto takes for 16 bits, would not start there either."""
+    gpu = type("Device", (), {"compute_capability": capability})()
+    monkeypatch.setattr(jax, "devices", lambda backend: [gpu])
+    assert host.fast_dtype("gpu") == found

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import operator
 
 import pytest
 
-from model.config import ModelConfig
+from model.config import ModelConfig, VisionConfig
+from model.fields.attention import LAYERS
+from model.fields.limits import check_effects, check_field
 from tpu.errors import UserError
 from train.config import Experiment, MeshConfig
 from train.resolve import on, resolve
@@ -156,6 +159,76 @@ def test_resolving_fills_in_what_follows_and_leaves_the_rest():
     assert experiment.model.head_dim == 0
 
 
+OF_OTHERS = [
+    (name, field)
+    for name, branch in (
+        ("model", ModelConfig),
+        ("model.vision", VisionConfig),
+        *((b.name, b.type) for b in dataclasses.fields(Experiment) if b.name not in ("name", "model")),
+    )
+    for field in dataclasses.fields(branch)
+    if field.metadata.get("of")
+]
+
+
+def another(field: dataclasses.Field) -> object:
+    """A value of a field within its limits that is not its default."""
+    if "valid" in field.metadata:
+        return next(value for value in field.metadata["valid"] if value != field.default)
+    if field.type is bool:
+        return not field.default
+    return field.default + 0.05 if field.type is float else field.default + 2
+
+
+def given_to(tree: object, path: str, valid: tuple, fits: bool) -> None:
+    """Gives the field at `path` one of the values with which another field has an effect, or one of the rest."""
+    branch, _, name = path.rpartition(".")
+    owner = operator.attrgetter(branch)(tree)
+    (field,) = (f for f in dataclasses.fields(owner) if f.name == name)
+    rest = [v for v in (*field.metadata.get("valid", LAYERS), "next_token") if v not in valid]
+    value = (valid or (2,))[0] if fits else field.default if not valid else rest[0]
+    setattr(owner, name, (value,) if name == "pattern" else value)
+
+
+@pytest.mark.parametrize(("name", "field"), OF_OTHERS, ids=[f"{name}.{field.name}" for name, field in OF_OTHERS])
+def test_a_field_of_others_is_refused_where_it_has_no_effect(name, field):
+    value = another(field)
+    check_field(name, value, field.metadata)
+    for path, valid in field.metadata["of"].items():
+        tree = Experiment()
+        owner = operator.attrgetter(name)(tree)
+        given_to(tree, path, valid, False)
+        check_effects(owner, name, tree)  # as it is by default
+        setattr(owner, field.name, value)
+        with pytest.raises(UserError) as error:
+            check_effects(owner, name, tree)
+        told = f"{name}.{field.name}={value!r}: has no effect with {path}={operator.attrgetter(path)(tree)!r}, "
+        assert str(error.value) == told + (f"only with {', '.join(valid)}" if valid else f"give {path}")
+        given_to(tree, path, valid, True)
+        check_effects(owner, name, tree)
+
+
+EFFECTLESS = [
+    (
+        {"optimizer__outer_momentum": 0.5},
+        r"optimizer\.outer_momentum=0\.5: .*with optimizer\.local_steps=0",
+    ),
+    ({"optimizer__router_bias_rate": 0.1}, r"optimizer\.router_bias_rate=0\.1: .*model\.router_bias=False"),
+    ({"objective__corruption": 0.3}, r"objective\.corruption=0\.3: .*'next_token', only with masked, span_corruption"),
+    ({"data__target_context": 8}, r"data\.target_context=8: .*only with sequence_to_sequence"),
+    ({"adapter__rank": 4}, r"adapter\.rank=4: has no effect with adapter\.kind='none', only with lora, dora"),
+    ({"model__rope_factor": 2.0}, r"model\.rope_factor=2\.0: .*model\.rope_scaling='none', only with linear, ntk"),
+    ({"model__sparse_random": 0}, r"model\.sparse_random=0: .*model\.pattern=\('global',\), only with sparse"),
+    ({"model__output_scale": 0.5}, r"model\.output_scale=0\.5: .*model\.kind='decoder', only with encoder_decoder"),
+]
+
+
+@pytest.mark.parametrize(("fields", "message"), EFFECTLESS)
+def test_an_experiment_with_a_field_without_effect_is_refused(fields, message):
+    with pytest.raises(UserError, match=message):
+        resolve(changed(**fields))
+
+
 @pytest.mark.parametrize(
     ("schedule", "warmup", "decay", "steps", "found"),
     [
@@ -218,7 +291,7 @@ def test_placing_decides_every_auto():
 def test_a_saved_tree_with_an_unknown_field_is_refused():
     tree = to_dict(Experiment())
     tree["model"]["depth"] = 3
-    with pytest.raises(UserError, match=r"model\.depth: no such field; valid: vocab_size, layers, "):
+    with pytest.raises(UserError, match=r"model\.depth: no such field; valid: vocab_size, layers, .*out of the file"):
         from_dict(Experiment, tree)
 
 

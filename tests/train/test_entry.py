@@ -66,6 +66,7 @@ def test_a_mistake_is_one_line(arguments, message):
 CONFIG_FILES = [
     ("def get_config(:", "SyntaxError"),
     ("import nowhere", "No module named 'nowhere'"),
+    ("from model.vision_config import VisionConfig", "has moved: write `from model.config import VisionConfig` in"),
     ("def get_config(): raise ValueError('of mine')", "of mine"),
     ("x = 1", "get_config"),
     ("def get_config(): return 3", "int"),

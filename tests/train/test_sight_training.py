@@ -155,7 +155,8 @@ def test_what_freezes_nothing_or_all_is_refused(one_device):
 @pytest.mark.parametrize(("fusion", "kind"), [("merge", "lora"), ("merge", "prefix"), ("cross", "lora")])
 def test_adapters_train_on_what_sees(fusion, kind, merge, tmp_path):
     base = merge if fusion == "merge" else trained(experiment(fusion), tmp_path / "base")
-    adapter = AdapterConfig(kind, ("attention|mlp",), rank=2, prefix_tokens=2)
+    size = {"prefix": {"prefix_tokens": 2}, "lora": {"rank": 2}}.get(kind, {})
+    adapter = AdapterConfig(kind, ("attention|mlp",), **size)
     given = dataclasses.replace(experiment(fusion), model=ModelConfig(), adapter=adapter)
     before, opened = leaves(base), open_base(str(base))
     with Stop() as stop:

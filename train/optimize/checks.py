@@ -12,11 +12,8 @@ if TYPE_CHECKING:
 
 
 def check(experiment: Experiment) -> None:
-    """Raises UserError where the schedule, micro-batches or terms of the loss do not go with the rest."""
+    """Raises UserError where the schedule, micro-batches or local steps do not go with the rest."""
     data, optimizer, run = experiment.data, experiment.optimizer, experiment.run
-    for field in ("balance_loss", "router_z_loss"):
-        if (value := getattr(experiment.loss, field)) and not experiment.model.experts:
-            raise UserError(f"loss.{field}={value}: has no effect with model.experts=0; give model.experts")
     if data.batch_size % optimizer.accumulation:
         raise UserError(
             f"optimizer.accumulation={optimizer.accumulation}: does not divide data.batch_size={data.batch_size}"

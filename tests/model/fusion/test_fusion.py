@@ -445,6 +445,8 @@ EFFECTS = {  # of model.vision: a value that is no default, and the fusions in w
     "qk_norm_images": (True, ("cross", "co", "tangled")),
     "connections": (1, ("co", "tangled")),
     "connection_heads": (4, ("co", "tangled")),
+    "connection_dim": (16, ("co", "tangled")),
+    "image_token": (3, ("merge", "cross")),
     "actions": (2, ("tangled",)),
     "tangled": ("paper", ("tangled",)),
     "similarity": ("sigmoid", ("contrastive",)),

@@ -443,6 +443,21 @@ def test_a_hybrid_is_a_vit_on_the_vectors_of_a_resnet():
     np.testing.assert_allclose(found, wanted, rtol=0, atol=1e-4)
 
 
+def test_the_encoder_takes_the_kernel_of_the_text_where_that_computes_it():
+    """Auto chooses for the text: a kernel that cannot compute the encoder's heads is none of the encoder's."""
+    text = ModelConfig(embed_dim=128, heads=2, fusion="merge")
+    for width, platform, kernel in (
+        (128, "gpu", "cudnn"),
+        (40, "gpu", "plain"),  # heads of 10, which is no multiple of 8
+        (40, "tpu", "splash"),
+        (128, "cpu", "plain"),
+    ):
+        vision = VisionConfig(encoder="vit", embed_dim=width, heads=4)
+        config = dataclasses.replace(text, vision=vision).resolved().placed(platform, "bfloat16")
+        assert (config.attention == "chunked") == (platform == "cpu")
+        assert tower_config(config).attention == kernel
+
+
 # Errors
 
 WRONG = {  # what is wrong: the field named
