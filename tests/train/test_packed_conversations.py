@@ -14,8 +14,7 @@ import numpy as np
 import optax
 import pytest
 
-from model.config import ModelConfig
-from model.fields.vision import VisionConfig
+from model.config import ModelConfig, VisionConfig
 from model.place import Place
 from model.vision.images import Images
 from model.weights import bind

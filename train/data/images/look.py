@@ -18,8 +18,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from model.config import ModelConfig
-from model.fields.vision import VisionConfig
+from model.config import ModelConfig, VisionConfig
 from tpu.errors import UserError
 from train.config import DataConfig
 from train.data.chat.record import IMAGE, Conversation

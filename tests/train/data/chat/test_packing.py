@@ -15,8 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from model.config import ModelConfig
-from model.fields.vision import VisionConfig
+from model.config import ModelConfig, VisionConfig
 from tpu.errors import UserError
 from train.config import DataConfig
 from train.data.chat import packing
