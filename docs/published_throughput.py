@@ -72,7 +72,6 @@ def main() -> None:
     from tpu.compile.pod import prepare
 
     prepare("v5e:16x16")
-    from model import kinds
     from tpu.chips import Topology, parse_topology
     from tpu.compile.pod import tpu_devices
     from tpu.mesh import make_mesh
@@ -88,9 +87,8 @@ def main() -> None:
         experiment.model = experiment.model.placed("tpu", "bfloat16")
         one = experiment_of(shape, per_chip * found.chips, context, remat, mesh)
         guess = forecast(experiment, found, make_mesh(one.mesh, tpu_devices(found, 1)))
-        _, weights, _ = kinds.build(experiment.model)
         tokens = per_chip * context
-        useful = flops_per_token(experiment.model, weights, context) * tokens
+        useful = flops_per_token(experiment) * tokens
         mfu = 100 * useful / (guess.step * found.chip.peak_flops)
         error = 100 * (mfu / published - 1)
         memory = (guess.arguments + guess.temporary) / 2**30

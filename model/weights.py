@@ -98,6 +98,19 @@ def axes_of(weights: Weights, axes: Any) -> Any:
     return jax.tree.map(lambda w, own: w.axes(own) if is_weight(w) else own, weights, axes, is_leaf=is_weight)
 
 
+def inputs(axes: tuple[str, ...]) -> range:
+    """Which dimensions of a matrix with these logical axes are its inputs; those before them stack layers and experts.
+
+    Into the residual stream, all but the last are; from one space to itself half of them; else the first.
+    """
+    first = max((axes.index(name) + 1 for name in ("layers", "experts") if name in axes), default=0)
+    own = axes[first:]
+    half = len(own) // 2
+    if own[:half] == own[half:]:
+        return range(first, first + half)
+    return range(first, len(axes) - 1 if own[-1] == "embed" else first + 1)
+
+
 def map_matrices(function: Callable[[Any], Any], weights: Weights) -> Weights:
     """The weights with `function` of every matrix, an array or a `Weight`, in its place; all others as they are."""
 

@@ -97,7 +97,7 @@ def training_figures(experiment: Experiment, steps: int, started: float) -> dict
     import jax
 
     from tpu.mesh import make_mesh
-    from train.budget.flops import flops_per_token, shown
+    from train.budget.flops import flops_per_token
     from train.budget.summary import parameter_counts
     from train.step import make_program
 
@@ -116,7 +116,7 @@ def training_figures(experiment: Experiment, steps: int, started: float) -> dict
             if len(seconds) == 1:
                 first = time.perf_counter() - started
     weights = program.abstract_state.weights
-    flops = flops_per_token(experiment.model, weights, tokens, shown=shown(experiment))
+    flops = flops_per_token(experiment)
     step_seconds = statistics.median(seconds[WARM_UP_STEPS:])
     return {
         "parameters": parameter_counts(weights)["total"],

@@ -18,8 +18,8 @@ from tpu.mesh import make_mesh
 from tpu.watchdog import Watchdog
 from train import loop
 from train.adapter.frozen import Base
-from train.budget.flops import flops_per_token, shown
-from train.budget.summary import parameter_counts
+from train.budget.flops import flops_per_token
+from train.budget.summary import held, parameter_counts
 from train.checkpoint import checkpoint
 from train.checkpoint.checkpoint import Checkpointer
 from train.config import Experiment, RunConfig
@@ -54,7 +54,7 @@ def pretrain(experiment: Experiment, workdir: Workdir, stop: Stop, base: Base | 
     def assembled(batches: Iterable[Batch]) -> Iterator[Batch]:
         return (distributed.assemble(batch, layout, rows, data.batch_size) for batch in batches)
 
-    watchdog = Watchdog(settings.watchdog_seconds)
+    watchdog, flops = Watchdog(settings.watchdog_seconds), flops_per_token(placed)
     with jax.set_mesh(mesh):
         program = make_program(placed, mesh)
         if base:
@@ -81,7 +81,7 @@ def pretrain(experiment: Experiment, workdir: Workdir, stop: Stop, base: Base | 
             settings=settings,
             checkpointer=checkpointer,
             meta=_meta(experiment, corpus, base),
-            rates=_rates(placed, program),
+            rates=_rates(placed, program, flops),
             writer=MetricsWriter(workdir.path, first_step, settings.tensorboard) if distributed.leads() else None,
             console=ConsoleProgress(settings.steps, first_step, settings.log_every),
             stop=stop,
@@ -214,23 +214,24 @@ def _evaluation(
     return evaluate
 
 
-def _rates(experiment: Experiment, program: Program) -> loop.Rates:
-    """What a step costs, and the peak that the devices reach, which is measured; says it, too."""
+def _rates(experiment: Experiment, program: Program, flops: int) -> loop.Rates:
+    """What a step costs, `flops` a token, and the peak that the devices reach, which is measured; says it, too."""
     model, data = experiment.model, experiment.data
     peak = host.measured_matmul_rate(model.compute_dtype) if distributed.leads() else 0.0
-    weights, frozen = program.abstract_state.weights, program.abstract_base
-    counts = parameter_counts(weights)
-    on_base = f" on {parameter_counts(frozen)['total']:,} frozen ones" if frozen else ""
+    counts, stays = parameter_counts(program.abstract_state.weights), parameter_counts(held(experiment).frozen)["total"]
+    beside = f" on {stays:,} frozen ones" if program.abstract_base else ""
+    if stays and not beside:
+        beside = f", {stays:,} of them frozen"
     devices = jax.devices()
     print(
         f"{experiment.name}: {counts['total']:,} parameters ({counts['non_embedding']:,} without embeddings)"
-        f"{on_base}, {len(devices)} {devices[0].device_kind} in {model.compute_dtype}, "
+        f"{beside}, {len(devices)} {devices[0].device_kind} in {model.compute_dtype}, "
         f"measured matmul peak {peak / 1e9:,.0f} GFLOP/s each",
         flush=True,
     )
     return loop.Rates(
         tokens_per_step=data.batch_size * data.context,
-        flops_per_token=flops_per_token(model, weights, data.context, frozen, shown(experiment)),
+        flops_per_token=flops,
         matmul_flops_per_second=peak * len(devices),
     )
 

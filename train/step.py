@@ -29,7 +29,7 @@ from model.place import Place
 from model.transformer import Transformer
 from model.vision.image_classifier import ImageClassifier
 from model.vision.images import Images
-from model.weights import Weights, bind
+from model.weights import Weights, bind, rounded
 from tpu import rules
 from tpu.errors import UserError
 from train.adapter import weights as adapter_weights
@@ -217,9 +217,9 @@ def make_program(experiment: Experiment, mesh: Mesh) -> Program:
     parts = adapter_weights.parts(adapter, config) if adapter.kind != "none" else None
     axes = parts.trained_axes if parts else model_axes
     learning_rate = schedule(experiment.optimizer, experiment.run.steps)
-    rule = optimizer(experiment.optimizer, learning_rate, axes)
     micro_batches = experiment.optimizer.accumulation
     offload, any_frozen = experiment.optimizer.offload, bool(experiment.optimizer.frozen)
+    rule = optimizer(experiment.optimizer, learning_rate, axes, frozen_here if any_frozen else None)
     dropout = max(config.embedding_dropout, config.attention_dropout, config.residual_dropout, adapter.dropout) > 0
 
     def init(key: jax.Array, given: Weights | None = None) -> TrainState:
@@ -268,7 +268,7 @@ def make_program(experiment: Experiment, mesh: Mesh) -> Program:
         tokens = jnp.sum(batch.segments > 0, dtype=jnp.float32)
         keys = row_keys(key, batch.tokens.shape[0]) if dropout else None
         if config.platform != "cpu":  # Rounded before they are gathered, the weights take half the time to gather.
-            weights, base = jax.tree_util.tree_map_with_path(rounded, (weights, base))
+            weights, base = (rounded(tree, config.compute_dtype) for tree in (weights, base))
         gradient = jax.value_and_grad(loss, has_aux=True)
         if micro_batches == 1:
             (trained, (figures, memory)), summed = gradient(weights, base, (batch, keys, memory), (total, tokens, None))
@@ -296,9 +296,6 @@ def make_program(experiment: Experiment, mesh: Mesh) -> Program:
         start = jax.tree.map(lambda f: jnp.zeros(f.shape, f.dtype), (trained, figures)), zeros
         (figures, summed), memory = jax.lax.scan(add, start, split)
         return figures, summed, jax.tree.map(lambda a: a.swapaxes(0, 1).reshape(-1, *a.shape[2:]), memory)
-
-    def rounded(path: tuple, weight: jax.Array) -> jax.Array:
-        return weight.astype(config.compute_dtype) if path[-1].key in ("kernel", "embedding") else weight
 
     def step(state: TrainState, batch: Batch, base: Weights | None = None) -> tuple[TrainState, Metrics]:
         key = jax.random.fold_in(state.key, state.step)

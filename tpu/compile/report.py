@@ -12,7 +12,6 @@ from typing import Any, NamedTuple
 import jax
 from jax.sharding import Mesh
 
-from model import kinds
 from model.config import ModelConfig
 from tpu import rules
 from tpu.chips import Topology, smallest
@@ -20,8 +19,8 @@ from tpu.compile import hlo
 from tpu.compile.cost import run_cost
 from tpu.compile.hlo_counts import Counts, Kernel, count
 from tpu.compile.roofline import collective_seconds, roofline
-from train.budget.flops import NOTHING_SHOWN, flops_per_token, shown
-from train.budget.summary import human_bytes, pipeline_bubble
+from train.budget.flops import decoding_flops_per_token, flops_per_token
+from train.budget.summary import held, human_bytes, pipeline_bubble
 from train.config import Experiment
 
 LARGEST = 8  # arguments, and temporary arrays, that a report names
@@ -103,14 +102,12 @@ def make_report(
     if compiled.text:
         module = hlo.parse(compiled.text)
         counts = count(module, *arrangement)
-    _, weights, axes = kinds.build(experiment.model)
-    # A forward pass is a third of a training step.
-    seen = shown(experiment) if train else NOTHING_SHOWN
-    model_flops = flops_per_token(experiment.model, weights, context, shown=seen) * tokens // (1 if train else 3)
+    model_flops = flops_per_token(experiment) if train else decoding_flops_per_token(experiment, context)
+    model_flops *= tokens
     memory = {name: _bytes(tree) for name, tree in parts.items()}
     memory["arguments"] = sum(memory.values())
     if train:
-        memory["gradients"] = _gradient_bytes(experiment, mesh, weights, axes)
+        memory["gradients"] = _gradient_bytes(experiment, mesh)
     memory["temporary"] = compiled.temporary
     memory["peak"] = memory["arguments"] + (compiled.temporary or 0) if compiled.peak is None else compiled.peak
     memory["hbm"] = chip.hbm_bytes // chip.devices if chip else None
@@ -191,8 +188,10 @@ def _bytes(tree: Any) -> int:
     return sum(leaf_bytes(leaf) for leaf in jax.tree.leaves(tree))
 
 
-def _gradient_bytes(experiment: Experiment, mesh: Mesh, weights: Any, axes: Any) -> int:
-    """Bytes of the gradient on one device: from ZeRO stage 2 on it lies in parts, as the optimizer's state does."""
+def _gradient_bytes(experiment: Experiment, mesh: Mesh) -> int:
+    """Bytes of the gradient of what is trained, on one device: from ZeRO stage 2 on it lies in parts, as the
+    optimizer's state does."""
+    weights, axes, _ = held(experiment)
     layout = rules.tree_shardings(mesh, axes, weights, zero=1 if experiment.mesh.zero == 1 else 3)
     shapes = jax.tree.map(lambda w, s: math.prod(s.shard_shape(w.shape)) * w.dtype.itemsize, weights, layout)
     return sum(jax.tree.leaves(shapes))

@@ -73,8 +73,10 @@ def layouts(experiment: Experiment, topology: Topology, slices: int = 1) -> list
     Needs the environment of `tpu.compile.prepare`. Equal ones stand in the order of their overrides.
     """
     from tpu.plan.forecast import forecast
+    from train.budget.summary import trained_share
 
     devices = _devices(topology, slices)
+    trained = trained_share(dataclasses.replace(experiment, model=experiment.model.placed("tpu", "bfloat16")))
     found, meshes = [], {}
     for overrides in _candidates(experiment, topology.devices * slices):
         try:
@@ -85,7 +87,7 @@ def layouts(experiment: Experiment, topology: Topology, slices: int = 1) -> list
         if key not in meshes:
             meshes[key] = _mesh(decided, devices)
         if meshes[key] is not None:
-            found.append(Layout(overrides, decided, forecast(decided, topology, meshes[key])))
+            found.append(Layout(overrides, decided, forecast(decided, topology, meshes[key], trained)))
     return sorted(found, key=lambda layout: (layout.forecast.step, layout.flags))
 
 
@@ -172,16 +174,15 @@ def verified(layout: Layout, arguments: list[str], topology: Topology, slices: i
     return json.loads(kept.read_text())
 
 
-def row(layout: Layout, topology: Topology, slices: int) -> dict[str, Any]:
-    """What arithmetic says of a layout, under the names that `tpu.compile --json` uses."""
-    from model import kinds
-    from train.budget.flops import flops_per_token, shown
+def row(layout: Layout, topology: Topology, slices: int, flops: int) -> dict[str, Any]:
+    """What arithmetic says of a layout, under the names that `tpu.compile --json` uses.
 
+    flops: of the model for a token (`train.budget.flops`), whatever the layout.
+    """
     found, experiment = layout.forecast, layout.experiment
     chip = topology.chip
     tokens = experiment.data.batch_size * experiment.data.context
-    _, weights, _ = kinds.build(experiment.model)
-    useful = flops_per_token(experiment.model, weights, experiment.data.context, shown=shown(experiment)) * tokens
+    useful = flops * tokens
     hbm = chip.hbm_bytes // chip.devices
     return {
         "overrides": layout.flags,
@@ -265,6 +266,8 @@ def _ranked(fitting: list[Layout], topology: Topology, slices: int) -> list[dict
 
     A layout that the compiler finds too large makes room for the next, up to twice `--verify` in all.
     """
+    from train.budget.flops import flops_per_token
+
     wanted, tried = entry.FLAGS.verify, 0
     arguments = [a for a in sys.argv[1:] if a.startswith(("--config", "-config"))]
     checked: list[dict[str, Any]] = []
@@ -278,7 +281,9 @@ def _ranked(fitting: list[Layout], topology: Topology, slices: int) -> list[dict
         checked.append(report | {"overrides": layout.flags, "verified": True, "limit": limit})
     done = {r["overrides"] for r in checked}
     checked.sort(key=lambda r: (not r["fits"], r["step_seconds"] or float("inf"), r["overrides"]))
-    rest = [row(layout, topology, slices) for layout in distinct[: 4 * entry.FLAGS.show] if layout.flags not in done]
+    flops = flops_per_token(distinct[0].experiment)
+    shown = [layout for layout in distinct[: 4 * entry.FLAGS.show] if layout.flags not in done]
+    rest = [row(layout, topology, slices, flops) for layout in shown]
     return [r for r in checked if r["fits"]] + rest + [r for r in checked if not r["fits"]]
 
 

@@ -56,8 +56,12 @@ class Forecast:
         return "compute" if not axis or self.compute >= self.network[axis] else f"{axis} network"
 
 
-def forecast(experiment: Experiment, topology: Topology, mesh: Any) -> Forecast:
-    """The forecast of an experiment that is decided (`Experiment.on`) for the devices of a jax mesh on `topology`."""
+def forecast(experiment: Experiment, topology: Topology, mesh: Any, trained: float = 1.0) -> Forecast:
+    """The forecast of an experiment that is decided (`Experiment.on`) for the devices of a jax mesh on `topology`.
+
+    trained: the share of the weights that is not frozen (`train.budget.summary.trained_share`): for the others there is
+    no gradient and no state. Seconds are those of training all.
+    """
     model, sizes = experiment.model, experiment.mesh
     chip = topology.chip
     groups = _Sizes(experiment)
@@ -90,7 +94,7 @@ def forecast(experiment: Experiment, topology: Topology, mesh: Any) -> Forecast:
     network: dict[str, float] = {}
     for row in collectives:
         network[row.axis] = network.get(row.axis, 0.0) + collective_seconds(row, topology, mesh)
-    arguments, temporary = _memory(experiment, groups, layer, own, table, tables, gather)
+    arguments, temporary = _memory(experiment, groups, layer, own, table, tables, gather, trained)
     return Forecast(arguments, temporary, int(products), compute, network, collectives)
 
 
@@ -166,11 +170,18 @@ class _Sizes:
 
 
 def _memory(
-    experiment: Experiment, groups: _Sizes, layer: int, own: float, table: int, tables: int, gather: str
+    experiment: Experiment,
+    groups: _Sizes,
+    layer: int,
+    own: float,
+    table: int,
+    tables: int,
+    gather: str,
+    trained: float,
 ) -> tuple[int, int]:
     model, sizes = experiment.model, experiment.mesh
     shards = groups.shards
-    states = {"adamw": 2, "muon": 2, "adafactor": 0.01}.get(experiment.optimizer.name, 1)
+    states = {"adamw": 2, "muon": 2, "adafactor": 0.01}.get(experiment.optimizer.name, 1) * trained
     states += 1 if experiment.optimizer.ema_decay else 0
     spread = tables / (shards * sizes.tensor * sizes.stage)
     idle = idle_weights(model)
@@ -178,7 +189,7 @@ def _memory(
     in_parts = held / shards + spread
     whole = in_parts if sizes.zero == 3 else held + tables / (sizes.tensor * sizes.stage)
     arguments = 4 * whole + 4 * states * in_parts
-    gradients = 2 * (in_parts if sizes.zero == 3 else held) * (2 if groups.accumulation > 1 else 1)
+    gradients = 2 * trained * (in_parts if sizes.zero == 3 else held) * (2 if groups.accumulation > 1 else 1)
     rounded = 2 * whole
     layers = model.layers / sizes.stage
     # A pipeline saves what every tick reads; without one, every micro-batch of an accumulation is done before the next.

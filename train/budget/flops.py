@@ -1,18 +1,31 @@
-"""Floating-point operations of a training step, from shapes alone; nothing is computed.
+"""Floating-point operations of training, from the program and its shapes; nothing is computed.
+
+Products of weights and activations are counted in the program (`train.budget.products`): experts those that a token
+meets, layers that share weights each, convolutions without their padding, and no gradient where nothing needs one.
+Attention goes by a formula, as PaLM's (arXiv:2204.02311, appendix B): all keys of a row, not half of them for
+causality, those of the text as `ModelConfig.keys_seen` says. What rematerialisation does again does not count.
 
 Legend: T tokens of a row, S vectors that images give to a row, A actions of a row (`model.fusion.tangled_attention`).
 """
 
 from __future__ import annotations
 
-import math
+import dataclasses
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 
-from model.adapters.lora import FACTORS
+from model import kinds
+from model.attention.cross_attention import Source
+from model.attention.memory import empty_memory
 from model.config import ModelConfig
+from model.place import Place
+from model.weights import bind
+from train.adapter import weights as adapter_weights
+from train.budget.products import Products, weight_products
 from train.config import Experiment
+from train.step import abstract_batch, frozen_mask, loss_sums
 
 
 class Shown(NamedTuple):
@@ -37,22 +50,87 @@ def shown(experiment: Experiment) -> Shown:
     return Shown(images, images * (vision.grid * vision.columns + vision.class_token), images * vision.vectors)
 
 
-def flops_per_token(
-    config: ModelConfig, weights: Any, context: int, frozen: Any = None, shown: Shown = NOTHING_SHOWN
-) -> int:
-    """Floating-point operations of one training step per token, counted as PaLM does (arXiv:2204.02311, appendix B).
+class Operations(NamedTuple):
+    """Of one row."""
 
-    Six per weight and vector that it multiplies (the head's table counts, looked-up tables do not; one that layers
-    share counts for each of them; of experts those that a token meets), and for attention 12 per query, key and unit of
-    the heads' width, not halved for causality; keys of the text are what `ModelConfig.keys_seen` says. Operations done
-    again by rematerialisation do not count. Four per weight of `frozen`, for which no gradient is made. What images
-    take is shared out among the `context` tokens of their row; of convolutions as if they had a stride of one patch.
+    forward: int
+    backward: int
+
+
+def operations(experiment: Experiment) -> Operations:
+    """Floating-point operations of one row of a resolved experiment, forward and backward."""
+    one = dataclasses.replace(experiment, data=dataclasses.replace(experiment.data, batch_size=1))
+    one.model = _counted(experiment.model)
+    batch = abstract_batch(one)
+    products = _products(one, batch)
+    inputs = 0 if batch.inputs is None else batch.inputs.shape[1]
+    text = _text_attended(one.model, batch.tokens.shape[1], inputs, shown(one))
+    sides = {False: text, True: _vision_attended(one.model, shown(one))}
+    backward = sum(8 * pairs * products.attends[side] for side, pairs in sides.items())
+    return Operations(products.forward + round(4 * sum(sides.values())), products.backward + round(backward))
+
+
+def flops_per_token(experiment: Experiment) -> int:
+    """Floating-point operations of one training step per token of a resolved experiment.
+
+    Where every weight is trained, six per weight and activation that it multiplies (four where the activation is what
+    is read, such as pixels) and twelve per query, key and unit of the heads' width. What images take is shared out
+    among the tokens of their row.
     """
-    products = 6 * _multiplied(config, weights, context, shown)
-    products += 4 * (0 if frozen is None else _multiplied(config, frozen, context, shown))
-    if config.tied_head and config.kind != "vision" and config.fusion != "contrastive":
-        products += (6 if frozen is None else 4) * config.vocab_size * config.embed_dim * context
-    return round((products + 12 * _attended(config, context, shown)) / context)
+    return round(sum(operations(experiment)) / experiment.data.context)
+
+
+def decoding_flops_per_token(experiment: Experiment, context: int) -> int:
+    """Floating-point operations of drawing one more token after `context` others; images have been seen before."""
+    config = _counted(experiment.model)
+    graphdef, weights, _ = kinds.build(config)
+    nowhere = jax.ShapeDtypeStruct((1, 0), jnp.int32)
+    width = config.embed_dim if config.kind == "encoder_decoder" else config.source_width
+    reads = config.kind == "encoder_decoder" or config.fusion == "cross"
+    source = Source(jax.ShapeDtypeStruct((1, 0, width), jnp.float32), Place(nowhere, nowhere)) if reads else None
+
+    def logits(weights: Any, tokens: jax.Array, source: Source | None) -> jax.Array:
+        model, place = bind(graphdef, weights), Place(jnp.ones_like(tokens), jnp.zeros_like(tokens))
+        if config.fusion == "cross":
+            source = source._replace(queries=place)
+        return model.head(model(tokens, place, **({} if source is None else {"source": source}))[0])
+
+    token = jax.ShapeDtypeStruct((1, 1), jnp.int32)
+    products = weight_products(logits, weights, jax.tree.map(lambda _: False, weights), token, source)
+    return round(products.forward + 4 * _text_attended(config, context, 0, NOTHING_SHOWN) / context)
+
+
+def _counted(config: ModelConfig) -> ModelConfig:
+    """The model in the form in which its products are read: layers and groups of rows in one operation each."""
+    plain = {"platform": "gpu", "compute_dtype": "float32", "attention": "plain", "layer_loop": "scan"}
+    return dataclasses.replace(config, **plain, remat="none", capacity_factor=0.0)
+
+
+def _products(experiment: Experiment, batch: Any) -> Products:
+    """The products of weights in a forward pass with its loss over a batch, and what of them is differentiated."""
+    config, adapter = experiment.model, experiment.adapter
+    graphdef, weights, axes = kinds.build(config)
+    if adapter.kind == "none":
+        trained = jax.tree.map(lambda still: not still, frozen_mask(weights, experiment.optimizer.frozen))
+        given = {"all": weights}, {"all": trained}
+    else:
+        parts = adapter_weights.parts(adapter, config)
+        given = (
+            {"base": parts.base, "adapter": parts.trained},
+            {
+                "base": jax.tree.map(lambda _: False, parts.base),
+                "adapter": jax.tree.map(lambda _: True, parts.trained),
+            },
+        )
+    memory = jax.eval_shape(lambda: empty_memory(config, 1)) if config.remembers else None
+
+    def loss(weights: Any, batch: Any, memory: Any) -> jax.Array:
+        if adapter.kind != "none":
+            weights = {"all": adapter_weights.combined(adapter, weights["base"], weights["adapter"])}
+        sums = loss_sums(bind(graphdef, weights["all"]), axes, batch, experiment, None, memory)
+        return sums.trained + sums.by_row
+
+    return weight_products(loss, *given, batch, memory)
 
 
 def met_by_token(path: tuple[str, ...], size: int, config: ModelConfig) -> int:
@@ -62,61 +140,27 @@ def met_by_token(path: tuple[str, ...], size: int, config: ModelConfig) -> int:
     return size * config.experts_per_token // config.experts
 
 
-def _multiplied(config: ModelConfig, weights: Any, context: int, shown: Shown) -> float:
-    """Products of weights and vectors in a row; those of a weight that layers share for each of them."""
-    times = config.layers // len(config.pattern) // config.layer_sets()
-    computed = 1 - config.vision.unused_layers / config.vision.layers
-    count = 0.0
-    for keys, leaf in jax.tree_util.tree_leaves_with_path(weights):
-        path = tuple(part.key for part in keys)
-        if path[-1] in ("kernel", "router", *FACTORS):
-            met = met_by_token(path, math.prod(leaf.shape), config) * _often(path, config, context, shown)
-            of_encoder = path[0] == "vision" and "stack" in path
-            count += met * (computed if of_encoder else times if path[0] != "vision" and "groups" in path else 1)
-    return count
+def _text_attended(config: ModelConfig, tokens: int, inputs: int, shown: Shown) -> float:
+    """Pairs of a query and a key in the layers of a row's text and between it and images, times the width of all heads.
+
+    inputs: tokens that an encoder before the decoder reads.
+    """
+    if config.kind == "vision":
+        return 0.0
+    keys, groups = sum(config.keys_seen(kind, tokens) for kind in config.pattern), config.layers // len(config.pattern)
+    if config.kind == "encoder_decoder":
+        pairs = config.layers * inputs * inputs + config.decoder_layers * tokens * (tokens + inputs)
+        return float(config.heads * config.head_dim * pairs)
+    keys += sum(config.looks(i) for i in range(len(config.pattern))) * shown.vectors
+    total = float(config.heads * config.head_dim * tokens * keys * groups)
+    if config.fusion in ("co", "tangled"):
+        total += _streams_attended(config, tokens, shown.vectors, shown.images * config.vision.actions)
+    return total
 
 
-def _often(path: tuple[str, ...], config: ModelConfig, context: int, shown: Shown) -> int:
-    """How many vectors of a row a weight multiplies."""
-    keys = not {"key", "value"}.isdisjoint(path)
-    if path[0] == "vision":
-        if "perceiver" in path and keys:
-            return shown.encoded + shown.vectors
-        if "map_pool" in path and not keys:
-            return shown.images
-        return shown.encoded if "encoder" in path or "map_pool" in path else shown.vectors
-    if path[0] == "streams":
-        return _often_in_streams(path, config, context, shown)
-    if path[0] in ("text_projection", "image_projection") or config.kind == "vision":
-        return 1
-    return shown.vectors if keys and any(part.startswith("gate_") for part in path) else context
-
-
-def _often_in_streams(path: tuple[str, ...], config: ModelConfig, context: int, shown: Shown) -> int:
-    """The same beside the text's layers; of the last connection only what reaches the text is computed."""
-    keys = not {"key", "value"}.isdisjoint(path)
-    stream = path[2] if path[1].startswith("connection_") else path[1]
-    to_text = stream in ("text", "of_text", "text_attention", "text_keys", "text_values")
-    to_text |= (stream == "of_regions" and keys) or (stream == "of_actions" and "query" in path)
-    if path[1].endswith(f"_{config.vision.connections - 1}") and not to_text:
-        return 0
-    if stream in ("text_attention", "image_attention"):
-        return shown.vectors if keys == (stream == "text_attention") else context
-    if stream in ("text", "of_text"):
-        return context
-    if stream.startswith(("images", "regions", "of_regions")):
-        return shown.vectors
-    return shown.images * config.vision.actions
-
-
-def _attended(config: ModelConfig, context: int, shown: Shown) -> float:
-    """Pairs of a query and a key in a row, times the width of all heads."""
-    vision, groups = config.vision, config.layers // len(config.pattern)
-    total = 0.0
-    if config.kind != "vision":
-        keys = sum(config.keys_seen(kind, context) for kind in config.pattern)
-        keys += sum(config.looks(i) for i in range(len(config.pattern))) * shown.vectors
-        total += config.heads * config.head_dim * context * keys * groups
+def _vision_attended(config: ModelConfig, shown: Shown) -> float:
+    """The same in the encoder of images and the connector."""
+    vision, total = config.vision, 0.0
     if vision.encoder == "none":
         return total
     each = vision.grid * vision.columns + vision.class_token
@@ -127,8 +171,6 @@ def _attended(config: ModelConfig, context: int, shown: Shown) -> float:
     if vision.connector == "perceiver":
         width = vision.connector_layers * vision.connector_heads * vision.connector_head_dim
         total += width * shown.vectors * (each + vision.latents)
-    if config.fusion in ("co", "tangled"):
-        total += _streams_attended(config, context, shown.vectors, shown.images * vision.actions)
     return total
 
 

@@ -4,19 +4,22 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 
 from model import kinds
 from model.config import ModelConfig
 from model.vision.resnet import FIXED_STATISTICS
+from model.weights import Weights, named, size
 from tpu.pipeline import bubble_fraction
 from train.adapter import weights as adapter_weights
-from train.budget.flops import flops_per_token, met_by_token, shown
+from train.budget.flops import flops_per_token, met_by_token
 from train.config import Experiment
+from train.optimize.frozen import trained_part
 from train.optimize.optimizer import optimizer, state_bytes
 from train.optimize.schedule import schedule
+from train.step import frozen_mask
 from train.tree import to_dict
 
 FEWEST_REPLICAS = 2  # of local SGD, taken where mesh.data=-1 leaves their number to the devices
@@ -29,13 +32,12 @@ def parameter_counts(weights: Any, config: ModelConfig | None = None) -> dict[st
     those that a token meets.
     """
     total = embedding = active = 0
-    for path, leaf in jax.tree_util.tree_leaves_with_path(weights):
-        if path[-1].key in FIXED_STATISTICS:
+    for path, weight in named(weights).items():
+        if path[-1] in FIXED_STATISTICS:
             continue
-        size = math.prod(leaf.shape)
-        total += size
-        active += size if config is None else met_by_token(tuple(part.key for part in path), size, config)
-        embedding += size if path[-1].key == "embedding" else 0
+        total += size(weight)
+        active += size(weight) if config is None else met_by_token(path, size(weight), config)
+        embedding += size(weight) if path[-1] == "embedding" else 0
     counts = {"total": total, "embedding": embedding, "non_embedding": total - embedding}
     return counts | {"active": active} if config is not None and config.experts else counts
 
@@ -51,34 +53,63 @@ def pipeline_bubble(experiment: Experiment) -> float | None:
     return bubble_fraction(stages, model.pipeline_repeats, model.pipeline_microbatches or stages)
 
 
+class Held(NamedTuple):
+    """The abstract weights of a run: those that it trains, with their logical axes, and those that stay as they are."""
+
+    trained: Weights
+    axes: Any
+    frozen: Weights  # {} where nothing is frozen
+
+
+def held(experiment: Experiment) -> Held:
+    """What is trained and what is frozen, by an adapter or by optimizer.frozen; the experiment's model is placed."""
+    if experiment.adapter.kind != "none":
+        base, _, trained, axes = adapter_weights.parts(experiment.adapter, experiment.model)
+        return Held(trained, axes, base)
+    _, weights, axes = kinds.build(experiment.model)
+    if not experiment.optimizer.frozen:
+        return Held(weights, axes, {})
+    still = frozen_mask(weights, experiment.optimizer.frozen)
+    moving = jax.tree.map(lambda frozen: not frozen, still)
+    return Held(trained_part(weights, still), trained_part(axes, still), trained_part(weights, moving))
+
+
+def trained_share(experiment: Experiment) -> float:
+    """The share of the weights that have a gradient and a state of the optimizer."""
+    trained, _, frozen = held(experiment)
+    count = parameter_counts(trained)["total"]
+    return count / (count + parameter_counts(frozen)["total"])
+
+
 def summarize(experiment: Experiment) -> dict[str, Any]:
     """The figures of a resolved experiment, ready for JSON."""
-    config, adapter, frozen = experiment.model.placed("cpu", "float32"), experiment.adapter, None
-    if adapter.kind == "none":
-        _, weights, axes = kinds.build(config)
-        counts = parameter_counts(weights, config)
-    else:
-        frozen, _, weights, axes = adapter_weights.parts(adapter, config)
-        trained, base = parameter_counts(weights)["total"], parameter_counts(frozen, config)
-        counts = {name: count + (0 if name == "embedding" else trained) for name, count in base.items()}
-        counts |= {"trained": trained, "frozen": base["total"]}
+    experiment = dataclasses.replace(experiment)
+    asked, experiment.model = experiment.model, experiment.model.placed("cpu", "float32")
+    trained, axes, frozen = held(experiment)
+    counts, stays = (parameter_counts(weights, asked) for weights in (trained, frozen))
+    if frozen:
+        moves = counts["total"]
+        counts = {name: count + stays[name] for name, count in counts.items()}
+        counts |= {"trained": moves, "frozen": stays["total"]}
     rule = optimizer(experiment.optimizer, schedule(experiment.optimizer, experiment.run.steps), axes)
     tokens = experiment.run.steps * experiment.data.batch_size * experiment.data.context
-    memory = {"weights": tree_bytes(weights), "optimizer": state_bytes(rule, weights)}
-    of_weights = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(weights))
-    if (
-        experiment.optimizer.local_steps
-    ):  # `train.optimize.local_sgd.LocalState`: replicas with two counters each, and momentum
+    memory = {"frozen": tree_bytes(frozen)} if frozen else {}
+    memory |= {"weights": tree_bytes(trained), "optimizer": state_bytes(rule, trained)}
+    # An adapter's base is none of the state's weights; what optimizer.frozen names is.
+    of_state = [trained] if experiment.adapter.kind != "none" else [trained, frozen]
+    in_state = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(of_state))
+    if experiment.optimizer.local_steps:
+        # `train.optimize.local_sgd.LocalState`: replicas with two counters each, and momentum.
         replicas = max(FEWEST_REPLICAS, experiment.mesh.data)
-        memory["optimizer"] = replicas * (sum(memory.values()) + 8) + 4 * of_weights
-    memory["ema"] = 4 * of_weights if experiment.optimizer.ema_decay else 0
+        memory["optimizer"] = replicas * (sum(memory.values()) + 8) + 4 * in_state
+    memory["ema"] = 4 * in_state if experiment.optimizer.ema_decay else 0
     return {
-        "experiment": to_dict(experiment),
+        "experiment": to_dict(dataclasses.replace(experiment, model=asked)),
         "parameters": counts,
-        "flops_per_token": flops_per_token(config, weights, experiment.data.context, frozen, shown(experiment)),
+        "flops_per_token": flops_per_token(experiment),
         "tokens": tokens,
         "tokens_per_parameter": tokens / counts["total"],
-        "bytes": memory if frozen is None else {"frozen": tree_bytes(frozen), **memory},
+        "bytes": memory,
         "pipeline_bubble": pipeline_bubble(experiment),
     }
 

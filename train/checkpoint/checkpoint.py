@@ -341,6 +341,8 @@ def _read(step_dir: Path, abstract: Any, field: str | None = None) -> Any:
     """Reads the tree whose leaves are those of `abstract` from a verified step: all of its fields, or only `field`."""
     targets, structure = _named_leaves(abstract)
     saved = manifest.read(step_dir)["leaves"]
+    idle = _idle_state(saved, targets)
+    saved = {path: leaf for path, leaf in saved.items() if path not in idle}
     _check_leaves(step_dir, {p: leaf for p, leaf in saved.items() if field in (None, _field(p))}, targets)
     values = {}
     if _is_import(step_dir):
@@ -348,9 +350,23 @@ def _read(step_dir: Path, abstract: Any, field: str | None = None) -> Any:
         values = {path: _mapped(path, tensors[path], _stored(target)) for path, target in targets.items()}
         return jax.tree.unflatten(structure, list(values.values()))
     with ocp.Checkpointer(ocp.StandardCheckpointHandler()) as reader:
-        for name, item in _by_field({p: _stored(target) for p, target in targets.items()}).items():
+        for name, item in _by_field({p: _stored(target) for p, target in (targets | idle).items()}).items():
             values.update(reader.restore(step_dir.resolve() / name, args=ocp.args.StandardRestore(item)))
     return jax.tree.unflatten(structure, [_restored(values[path], target) for path, target in targets.items()])
+
+
+def _idle_state(saved: dict[str, Any], targets: dict[str, Any]) -> dict[str, Any]:
+    """The leaves that the optimizer's state had for frozen weights, as checkpoints once did: read, and let go."""
+    of_weights = [path.removeprefix("weights") for path in targets if _field(path) == "weights"]
+    states = [path for path in targets if _field(path) == "optimizer_state"]
+    frozen = tuple(ending for ending in of_weights if not any(path.endswith(ending) for path in states))
+    if not states or len(frozen) == len(of_weights):
+        return {}
+    return {
+        path: jax.ShapeDtypeStruct(tuple(leaf["shape"]), leaf["dtype"])
+        for path, leaf in saved.items()
+        if path not in targets and _field(path) == "optimizer_state" and path.endswith(frozen)
+    }
 
 
 def _mapped(path: str, tensor: safetensors.Tensor, target: jax.ShapeDtypeStruct) -> jax.Array:

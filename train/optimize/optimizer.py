@@ -10,10 +10,14 @@ import jax.numpy as jnp
 import optax
 from optax.contrib import MuonDimensionNumbers, muon
 
+from model.weights import MATRICES, inputs, names
 from train.config import OptimizerConfig
+from train.optimize.frozen import of_trained, trained_part
 
 
-def optimizer(config: OptimizerConfig, learning_rate: optax.Schedule, axes: Any) -> optax.GradientTransformation:
+def optimizer(
+    config: OptimizerConfig, learning_rate: optax.Schedule, axes: Any, still: Any = None
+) -> optax.GradientTransformation:
     """The chosen optimizer after clipping by the global norm.
 
     adamw (arXiv:1711.05101), adafactor (arXiv:1804.04235), lion (arXiv:2302.06675), sgd with momentum, muon for the
@@ -22,7 +26,9 @@ def optimizer(config: OptimizerConfig, learning_rate: optax.Schedule, axes: Any)
 
     Args:
       axes: the weights' logical axes, as `model.kinds.build` gives them; they say what is a matrix of a layer.
+      still: for every weight whether it is frozen (`train.optimize.frozen`); None where none is.
     """
+    axes = axes if still is None else trained_part(axes, still)
     decay, decays = config.weight_decay, lambda weights: decay_mask(weights, config.no_decay)
     if config.name == "adamw":
         rule = optax.adamw(learning_rate, config.beta1, config.beta2, config.eps, weight_decay=decay, mask=decays)
@@ -44,14 +50,15 @@ def optimizer(config: OptimizerConfig, learning_rate: optax.Schedule, axes: Any)
             ),
         }[config.name]()
         rule = optax.chain(scale, optax.add_decayed_weights(decay, decays), optax.scale_by_learning_rate(learning_rate))
-    return optax.chain(optax.clip_by_global_norm(config.clip_norm), rule) if config.clip_norm else rule
+    rule = optax.chain(optax.clip_by_global_norm(config.clip_norm), rule) if config.clip_norm else rule
+    return rule if still is None else of_trained(rule, still)
 
 
 def decay_mask(weights: Any, no_decay: tuple[str, ...]) -> Any:
     """For every weight whether it decays: not where a part of its path holds one of the words of `no_decay`."""
 
     def decays(path: tuple, _: Any) -> bool:
-        return not any(word in str(part.key) for part in path for word in no_decay)
+        return not any(word in name for name in names(path) for word in no_decay)
 
     return jax.tree_util.tree_map_with_path(decays, weights)
 
@@ -62,13 +69,11 @@ def matrix_dimensions(axes: Any) -> Any:
     Without this, optax.contrib.muon takes stacked kernels for vectors and quietly gives them to Adam.
     """
 
-    def dimensions(path: tuple, names: tuple[str, ...]) -> MuonDimensionNumbers | None:
-        if path[-1].key != "kernel" or "layers" not in names:
+    def dimensions(path: tuple, axes: tuple[str, ...]) -> MuonDimensionNumbers | None:
+        if names(path)[-1] not in MATRICES or "layers" not in axes:
             return None
-        # Into the residual stream, all but the last dimension are inputs; out of it, all but the first are outputs.
-        first = max(names.index(name) for name in ("layers", "experts") if name in names) + 1
-        split = len(names) - 1 if names[-1] == "embed" else first + 1
-        return MuonDimensionNumbers(tuple(range(first, split)), tuple(range(split, len(names))))
+        of_inputs = inputs(axes)
+        return MuonDimensionNumbers(tuple(of_inputs), tuple(range(of_inputs.stop, len(axes))))
 
     return jax.tree_util.tree_map_with_path(dimensions, axes, is_leaf=lambda leaf: isinstance(leaf, tuple))
 

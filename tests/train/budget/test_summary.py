@@ -63,12 +63,13 @@ def test_counts_and_operations_of_any_model(model_configs, data):
     total, embedding = count(config)
     counts = parameter_counts(weights)
     assert counts == {"total": total, "embedding": embedding, "non_embedding": total - embedding}
-    assert flops_per_token(config, weights, context) == flops(config, context)
+    found = Experiment(model=config, data=DataConfig(context=context, batch_size=1))
+    assert flops_per_token(found) == flops(config, context)
 
 
 def test_operations_are_about_six_per_weight_and_token():
     config = ModelConfig(vocab_size=50, layers=4, embed_dim=128, heads=4).resolved().placed("cpu", "float32")
-    counted = flops_per_token(config, kinds.build(config)[1], 1)
+    counted = flops_per_token(Experiment(model=config, data=DataConfig(context=1, batch_size=1)))
     assert 0.99 < counted / (6 * count(config)[0]) < 1.01
 
 
@@ -145,8 +146,10 @@ def test_the_bubble_of_a_pipeline(capsys):
 
 @pytest.mark.parametrize(("name", "weight_dtype"), [("adamw", "float32"), ("muon", "float32"), ("sgd", "bfloat16")])
 def test_the_memory_is_that_of_the_state(name, weight_dtype):
-    """Replicas of local SGD and its momentum, or else an average of the weights, against the state of the program."""
-    for replicas, optimizer in ((4, {"local_steps": 5}), (1, {"ema_decay": 0.9})):
+    """Replicas of local SGD and its momentum, an average of the weights, or frozen weights, against the state of the
+    program; what is frozen has no state of the optimizer."""
+    frozen = {"frozen": (r"^embedding\b", r"\bmlp\b"), "ema_decay": 0.9}
+    for replicas, optimizer in ((4, {"local_steps": 5}), (1, {"ema_decay": 0.9}), (1, frozen)):
         experiment = resolve(
             Experiment(
                 model=ModelConfig(layers=2, embed_dim=16, heads=2, weight_dtype=weight_dtype),
@@ -158,9 +161,15 @@ def test_the_memory_is_that_of_the_state(name, weight_dtype):
         placed = dataclasses.replace(experiment, model=experiment.model.placed("cpu", "float32"))
         state = make_program(placed, make_mesh(placed.mesh, jax.devices()[:replicas])).abstract_state
         parts = {"weights": state.weights, "optimizer": state.optimizer_state, "ema": state.ema}
+        found = summarize(experiment)
+        found["bytes"]["weights"] += found["bytes"].pop("frozen", 0)
         for part, tree in parts.items():
             wanted = sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
-            assert summarize(experiment)["bytes"][part] == wanted, part
+            assert found["bytes"][part] == wanted, part
+    stays = parameter_counts({name: state.weights[name] for name in ("embedding",)})["total"] + 2 * 2 * 16 * 64
+    assert found["parameters"]["frozen"] == stays + 2 * (64 + 16)  # and the biases of the mlp
+    assert found["parameters"]["trained"] == found["parameters"]["total"] - found["parameters"]["frozen"]
+    assert not any("mlp" in jax.tree_util.keystr(path) for path, _ in jax.tree.leaves_with_path(state.optimizer_state))
 
 
 def test_an_open_number_of_replicas_is_said(capsys):

@@ -148,6 +148,22 @@ def test_scalars_and_numpy_come_back_exactly(tmp_path):
     assert checkpointer.close()
 
 
+def test_what_frozen_weights_once_had_of_the_optimizer_is_let_go(tmp_path):
+    """Of frozen weights alone: a state that lacks anything else is of another optimizer."""
+    weights = {"a": {"kernel": jnp.arange(6.0)}, "b": {"kernel": jnp.ones(4)}}
+    moments = jax.tree.map(lambda w: 2 * w, weights)
+    saved = {"weights": weights, "optimizer_state": {"mu": moments, "nu": moments}}
+    checkpointer = Checkpointer(tmp_path, RunConfig())
+    checkpointer.save(1, saved, {})
+    of_b = {name: {"b": moment["b"]} for name, moment in saved["optimizer_state"].items()}
+    found, _, _ = checkpointer.restore(abstract({"weights": weights, "optimizer_state": of_b}))
+    assert_same(found, {"weights": weights, "optimizer_state": of_b})
+    for other in ({"mu": moments}, {}):
+        with pytest.raises(UserError, match="is of another model or optimizer"):
+            checkpointer.restore(abstract({"weights": weights, "optimizer_state": other}))
+    checkpointer.close()
+
+
 def test_what_is_saved_is_the_state_at_the_call(tmp_path):
     """Although it is donated, and `meta` changed, while the write goes on."""
     advance = jax.jit(lambda x: x + 1, donate_argnums=0)
