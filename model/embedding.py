@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import PartitionSpec
 
 from model.config import ModelConfig
-from model.linear import Linear, initializer, matmul, parameter
+from model.linear import Linear, initializer, look_up, matmul, parameter
+from model.weights import axes_of
 from tpu import rules
 
 
@@ -36,24 +39,28 @@ class Embedding(nnx.Module):
         table = self.embedding.get_value()
         mesh = jax.sharding.get_abstract_mesh()
         if mesh.empty or mesh.size == 1:
-            return jnp.take(table, indices, axis=0).astype(self.compute_dtype)
+            return look_up(table, indices).astype(self.compute_dtype)
         rows = rules.partition_spec(("batch", "residual_sequence"), mesh, indices.shape)
-        columns = rules.partition_spec(("positions", "embed"), mesh, table.shape)
+        by_column = ("positions", "embed")
+        columns = rules.partition_spec(by_column, mesh, table.shape)
         shared = tuple(axis for axis in rules.axes_in(columns) if axis in rules.axes_in(PartitionSpec(rows[0])))
-        columns = rules.without(columns, tuple(axis for axis in mesh.axis_names if axis not in shared))
 
-        def look_up(table: jax.Array, indices: jax.Array) -> jax.Array:
+        def lay_out(part: jax.Array, names: tuple[str, ...]) -> PartitionSpec:
+            kept_whole = tuple(axis for axis in mesh.axis_names if axis not in shared)
+            return rules.without(rules.partition_spec(names, mesh, part.shape), kept_whole)
+
+        def on_device(table: Any, indices: jax.Array) -> jax.Array:
             # Each device looks up some columns for the rows of all: exchanging those moves less than the table would.
             if shared:
                 indices = jax.lax.all_gather(indices, shared, axis=0, tiled=True)
-            h = jnp.take(table, indices, axis=0)
+            h = look_up(table, indices)
             return jax.lax.all_to_all(h, shared, split_axis=0, concat_axis=2, tiled=True) if shared else h
 
         layout = PartitionSpec(*rows, None)
         across = jax.shard_map(
-            look_up,
+            on_device,
             mesh=mesh,
-            in_specs=(columns, rows),
+            in_specs=(jax.tree.map(lay_out, table, axes_of(table, by_column)), rows),
             out_specs=layout,
             axis_names=rules.free_axes(mesh),
             check_vma=False,

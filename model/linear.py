@@ -1,8 +1,9 @@
 """The only place where an activation meets a weight matrix.
 
-A weight is an array, or a small pytree class with a method `matmul(x, contract, dtype, platform, result)` (a low-rank
-adapted, pruned or quantised weight); no other file knows which. One that adapts another weight has that as `kernel`,
-and `adapt(x, y, contract, dtype, platform)` makes its product of the kernel's.
+A weight is an array or a `model.weights.Weight` (low-rank adapted, pruned or quantised); no other file asks which. One
+that adapts another weight has that as `kernel`, and `adapt(x, y, contract, dtype, platform)` makes its product of the
+kernel's. The doors: `matmul` and `together` for most products, `GroupedLinear.matrices` for those of experts, `look_up`
+for rows of tables, `convolve` for images.
 
 Legend: N rows (all leading dimensions), I inputs, O outputs, E groups of rows with a matrix each.
 """
@@ -19,6 +20,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from model.config import ModelConfig
+from model.weights import dense, is_weight
 from tpu import rules
 
 Initializer = Callable[[jax.Array, tuple[int, ...], int, int], jax.Array]
@@ -128,8 +130,13 @@ class GroupedLinear(nnx.Module):
     ):
         shape, axes = zip((config.experts, "experts"), inputs, outputs, strict=True)
         draw = initializer(config, residual)
-        self.axes = axes
+        self.axes, self.compute_dtype = axes, config.compute_dtype
         self.kernel = parameter(rngs, shape, axes, config.weight_dtype, lambda k, s: draw(k, s, inputs[0], outputs[0]))
+
+    def matrices(self) -> jax.Array:
+        """All W [E, I, O] as one array: the products of groups take no other weight."""
+        kernel = self.kernel.get_value()
+        return kernel.dense().astype(self.compute_dtype) if is_weight(kernel) else kernel
 
 
 def together(x: jax.Array, *linears: Linear) -> list[jax.Array]:
@@ -140,7 +147,7 @@ def together(x: jax.Array, *linears: Linear) -> list[jax.Array]:
     """
     weights = [linear.kernel.get_value() for linear in linears]
     kernels, first = [_innermost(weight) for weight in weights], linears[0]
-    if not all(isinstance(kernel, jax.Array) for kernel in kernels):
+    if any(is_weight(kernel) for kernel in kernels):
         return [linear(x) for linear in linears]
     if first.platform != "cpu":
         if rules.devices_along("mlp") == 1:
@@ -187,8 +194,8 @@ def matmul(
     (elsewhere: what devices sum or exchange is then half as large). `contract` is the number of input dimensions;
     `platform` ("cpu", "gpu", "tpu") chooses the form that the compiler there does best.
     """
-    if not isinstance(weight, jax.Array):
-        return weight.matmul(x, contract, dtype, platform, result)
+    if is_weight(weight):
+        return weight.matmul(x, contract, dtype, platform, result, transposed)
     if platform != "cpu":
         return _matmul(x, weight, contract, dtype, transposed, result)
     rows, width = x.shape[: x.ndim - contract], math.prod(x.shape[x.ndim - contract :])
@@ -196,6 +203,29 @@ def matmul(
         return _cpu_matmul(x.reshape(-1, width), weight, dtype, True).reshape(*rows, weight.shape[0])
     y = _cpu_matmul(x.reshape(-1, width), weight.reshape(width, -1), dtype, False)
     return y.reshape(*rows, *weight.shape[contract:])
+
+
+def look_up(table: Any, indices: Any) -> jax.Array:
+    """The rows [..., D] of a table [N, D] at `indices` [...] int32; in the table's dtype, of a `Weight` float32."""
+    return table.rows(indices) if is_weight(table) else jnp.take(table, indices, axis=0)
+
+
+def convolve(x: jax.Array, weight: Any, stride: int, padding: int, dtype: str, standardized: bool = False) -> jax.Array:
+    """x [R, H, W, C in] convolved with weight [K, K, C in, C out] -> [R, H', W', C out] in `dtype`, as the operands.
+
+    Standardised, every filter has mean 0 and variance 1 before it is used (arXiv:1903.10520).
+    """
+    kernel = dense(weight).astype(jnp.float32)
+    if standardized:
+        mean, variance = kernel.mean((0, 1, 2)), kernel.var((0, 1, 2))
+        kernel = (kernel - mean) * jax.lax.rsqrt(variance + 1e-5)
+    return jax.lax.conv_general_dilated(
+        x.astype(dtype),
+        kernel.astype(dtype),
+        (stride, stride),
+        [(padding, padding)] * 2,
+        dimension_numbers=("NHWC", "HWIO", "NHWC"),
+    )
 
 
 def exact_matmul(x: jax.Array, weight: jax.Array) -> jax.Array:

@@ -133,7 +133,7 @@ class MoE(nnx.Module):
         tokens of those who share them, and where matrices are cut otherwise the rest of them.
         """
         projections = [p for p in (self.gate, self.up, self.down) if p is not None]
-        kernels = [p.kernel.get_value() for p in projections]
+        kernels = [p.matrices() for p in projections]
         mesh = jax.sharding.get_abstract_mesh()
         if mesh.empty or mesh.size == 1:
             return self._on_device(x, index, weight, kernels, capacity, (), ())

@@ -25,6 +25,7 @@ from model.dropout import fold_in
 from model.linear import parameter, zeros
 from model.moe import Routing
 from model.residual import residual
+from model.weights import MATRICES
 from tpu import rules
 from tpu.pipeline import pipeline
 
@@ -204,7 +205,7 @@ def _deltas(config: ModelConfig, groups: Group, count: int, rngs: nnx.Rngs) -> n
     def pairs(node: Any) -> nnx.Dict:
         found = {}
         for name, part in node.items():
-            if name == "kernel":
+            if name in MATRICES:
                 shape, axes = part.get_value().shape, part.get_metadata("axes")
                 both = factors((count, *shape[1:]), axes, config.share_rank)
                 found[name] = nnx.Dict(

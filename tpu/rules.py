@@ -98,10 +98,13 @@ def free_axes(mesh: Any) -> set[str]:
 def tree_shardings(mesh: Mesh, axes: Any, weights: Any, zero: int = 3) -> Any:
     """`sharding` for every leaf of a tree of logical-axes tuples, beside a tree of arrays or abstract arrays.
 
-    With `zero` below 3 the axes of ZERO_AXES cut nothing.
+    A weight that is no array (`model.weights.Weight`) says what the axes of its parts are. With `zero` below 3 the axes
+    of ZERO_AXES cut nothing.
     """
 
-    def lay_out(names: tuple[str, ...], weight: Any) -> NamedSharding:
+    def lay_out(names: tuple[str, ...], weight: Any) -> Any:
+        if hasattr(weight, "axes"):
+            return tree_shardings(mesh, weight.axes(names), weight, zero)
         found = sharding(mesh, names, weight.shape)
         return found if zero == 3 else NamedSharding(mesh, without(found.spec, ZERO_AXES))
 

@@ -18,6 +18,7 @@ import jax.numpy as jnp
 
 from model.adapters.lora import LoRA
 from model.linear import matmul
+from model.weights import dense
 
 
 @functools.partial(jax.tree_util.register_dataclass, data_fields=["low_rank", "magnitude"], meta_fields=[])
@@ -33,25 +34,44 @@ class DoRA:
         """What is adapted."""
         return self.low_rank.kernel
 
-    def matmul(self, x: jax.Array, contract: int, dtype: str, platform: str, result: str) -> jax.Array:
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """That of the kernel."""
+        return self.low_rank.shape
+
+    def matmul(
+        self, x: jax.Array, contract: int, dtype: str, platform: str, result: str, transposed: bool = False
+    ) -> jax.Array:
         """As `model.linear.matmul`."""
+        if transposed:
+            x = (x.astype(jnp.float32) * self._stretch()).astype(x.dtype)
+            return self.low_rank.matmul(x, contract, dtype, platform, result, transposed)
         y = matmul(x, self.kernel, contract, dtype, platform, result=result)
         return self.adapt(x, y, contract, dtype, platform)
+
+    def rows(self, indices: jax.Array) -> jax.Array:
+        """The rows of a table [N, D]."""
+        return self.low_rank.rows(indices) * self._stretch()
 
     def adapt(self, x: jax.Array, y: jax.Array, contract: int, dtype: str, platform: str) -> jax.Array:
         """As `LoRA.adapt`."""
         y = self.low_rank.adapt(x, y, contract, dtype, platform)
         return (y.astype(jnp.float32) * self._stretch()).astype(y.dtype)
 
-    def merged(self) -> jax.Array:
+    def dense(self) -> jax.Array:
         """m V / |V| as one float32 array, of one layer or of stacked ones."""
-        v, lead = self.low_rank.merged(), self.low_rank.stacking
+        v, lead = self.low_rank.dense(), self.low_rank.stacking
         return v * jnp.expand_dims(self._stretch(), tuple(range(lead, lead + v.ndim - self.magnitude.ndim)))
+
+    def axes(self, names: tuple[str, ...]) -> DoRA:
+        """The logical axes of the parts, from those of the kernel."""
+        low_rank = self.low_rank.axes(names)
+        return DoRA(low_rank, tuple(name for name in low_rank.lora_b if name != "rank"))
 
     def _stretch(self) -> jax.Array:
         """m / |V|, [L, O]."""
-        lead, inputs = self.low_rank.stacking, self.kernel.ndim - self.magnitude.ndim
-        old = jax.lax.stop_gradient(self.kernel.astype(jnp.float32))
+        lead, inputs = self.low_rank.stacking, len(self.shape) - self.magnitude.ndim
+        old = jax.lax.stop_gradient(dense(self.kernel).astype(jnp.float32))
         change = jax.lax.stop_gradient(self.low_rank.change())
         over_inputs = tuple(range(lead, lead + inputs))
         squares = jnp.square(old).sum(over_inputs)

@@ -11,7 +11,7 @@ Legend: B rows, T tokens of the padded prompts, S slots of the cache, C tokens p
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -27,7 +27,7 @@ from model.place import Place
 from model.stack import unstack
 from model.transformer import Transformer
 from model.vision.images import Images
-from model.weights import Weights, bind
+from model.weights import Weights, bind, rounded
 from tpu.errors import UserError
 
 NO_TOKEN = -1
@@ -230,12 +230,7 @@ def decoding_weights(config: ModelConfig, weights: Weights) -> Weights:
 
     Converting or slicing them inside the program would copy all of them for every chunk. The results are the same.
     """
-
-    def convert(path: tuple, weight: Any) -> Any:
-        name = jax.tree_util.keystr(path[-1:], simple=True)
-        return weight.astype(config.compute_dtype) if name in ("kernel", "embedding") else weight
-
-    weights = jax.tree_util.tree_map_with_path(convert, weights)
+    weights = rounded(weights, config.compute_dtype)
     if config.layer_loop != "unroll":
         return weights
     return jax.jit(unstack, static_argnums=1)(weights, config.pipeline_repeats)

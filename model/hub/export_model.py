@@ -41,6 +41,8 @@ def export_model(
     from model.kinds import build
     from model.safetensors import NAMES, read_json, whole_directory, write_directory
     from model.stack import joined
+    from model.weights import dense
+    from model.weights import named as by_names
     from tpu import host, rules
     from tpu.mesh import make_mesh
     from train.checkpoint import checkpoint
@@ -64,10 +66,7 @@ def export_model(
     weights = checkpoint.load_weights(step_dir, abstract, field)
     if "stack" in weights:
         weights = weights | {"stack": joined(weights["stack"], model.pipeline_repeats)}
-    leaves = {
-        jax.tree_util.keystr(path, simple=True, separator="."): leaf
-        for path, leaf in jax.tree_util.tree_leaves_with_path(weights)
-    }
+    leaves = {".".join(names): dense(weight) for names, weight in by_names(weights).items()}
     numpy_dtype = np.dtype(jax.numpy.dtype(model.weight_dtype if dtype == "auto" else dtype))
     specs = export_specs(family, {n: leaf.shape for n, leaf in leaves.items()}, model, numpy_dtype)
 

@@ -16,7 +16,7 @@ import numpy as np
 from flax import nnx
 
 from model.config import ModelConfig
-from model.linear import initializer, parameter
+from model.linear import initializer, look_up, parameter
 
 
 def buckets(count: int, farthest: int, causal: bool) -> np.ndarray:
@@ -44,6 +44,6 @@ class RelativeBias(nnx.Module):
 
     def __call__(self, queries: jax.Array, keys: jax.Array) -> jax.Array:
         """Positions [B, T] and [B, S] int32 -> bias [B, H, T, S] float32."""
-        by_distance = self.embedding.get_value()[buckets(self.buckets, self.farthest, self.causal)]
+        by_distance = look_up(self.embedding.get_value(), buckets(self.buckets, self.farthest, self.causal))
         distance = jnp.clip(keys[:, None, :] - queries[:, :, None], -self.farthest, self.farthest)
         return by_distance.astype(jnp.float32)[distance + self.farthest].transpose(0, 3, 1, 2)

@@ -13,7 +13,7 @@ import numpy as np
 from flax import nnx
 
 from model.config import ModelConfig
-from model.linear import ones, parameter, zeros
+from model.linear import convolve, ones, parameter, zeros
 
 
 class Convolution(nnx.Module):
@@ -45,17 +45,8 @@ class Convolution(nnx.Module):
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """x [R, H, W, C in] -> [R, ceil(H / stride), ceil(W / stride), C out] in the compute dtype."""
-        kernel = self.kernel.get_value().astype(jnp.float32)
-        if self.standardized:
-            mean, variance = kernel.mean((0, 1, 2)), kernel.var((0, 1, 2))
-            kernel = (kernel - mean) * jax.lax.rsqrt(variance + 1e-5)
-        y = jax.lax.conv_general_dilated(
-            x.astype(self.compute_dtype),
-            kernel.astype(self.compute_dtype),
-            (self.stride, self.stride),
-            [(self.padding, self.padding)] * 2,
-            dimension_numbers=("NHWC", "HWIO", "NHWC"),
-        )
+        kernel = self.kernel.get_value()
+        y = convolve(x, kernel, self.stride, self.padding, self.compute_dtype, self.standardized)
         return y if self.bias is None else y + self.bias.get_value().astype(y.dtype)
 
 

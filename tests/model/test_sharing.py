@@ -55,7 +55,7 @@ def tied(weights: Any, sets: tuple[int, ...]) -> Any:
 
     def add(own: Any, deltas: Any) -> Any:
         if "lora_a" in deltas:
-            return LoRA(own, **deltas).merged()
+            return LoRA(own, **deltas).dense()
         return {name: add(part, deltas[name]) if name in deltas else part for name, part in own.items()}
 
     weights["stack"]["groups"] = add(own, deltas)

@@ -66,9 +66,11 @@ def merge(path: pathlib.Path, workdir: pathlib.Path, base: str | None = None) ->
     import jax
     import jax.numpy as jnp
 
+    from model.weights import dense, is_weight
+
     # Rounding to the base's number format would take from small changes what they are.
     model = dataclasses.replace(experiment.model, weight_dtype="float32")
-    weights = jax.tree.map(lambda w: w.astype(jnp.float32), trained.weights)
+    weights = jax.tree.map(lambda w: dense(w).astype(jnp.float32), trained.weights, is_leaf=is_weight)
     del meta["base"]
     _write(workdir, weights, meta, dataclasses.replace(experiment, model=model, adapter=AdapterConfig()))
 

@@ -22,6 +22,7 @@ from safetensors.numpy import load_file, save_file
 
 from model.config import ModelConfig
 from model.safetensors import whole_directory
+from model.weights import dense
 from tpu.errors import UserError
 from train.adapter.weights import lora_scale, parts
 from train.config import AdapterConfig
@@ -59,7 +60,9 @@ PLAIN_BEGINNINGS = (None, True, False, "gaussian", "eva", "orthogonal")
 
 
 def names(config: ModelConfig) -> tuple[str, dict[str, tuple[str, ...]]]:
-    """What PEFT puts before a layer's number, and the modules of a layer. Raises UserError for shared layers."""
+    """What PEFT puts before a layer's number, and the modules of a layer. Raises UserError for what it has not so."""
+    if config.kind != "decoder":
+        raise UserError(f"model.kind={config.kind!r}: only adapters of decoders have a form in PEFT here")
     if config.share_layers != "none":
         raise UserError(
             f"model.share_layers={config.share_layers!r}: PEFT knows no layers that share weights; nothing was written"
@@ -82,12 +85,14 @@ def export(path: Path, adapter: AdapterConfig, config: ModelConfig, trained: Any
     found, old = flatten_dict(_numpy(trained), sep="."), flatten_dict(_numpy(base), sep=".")
     tensors: dict[str, np.ndarray] = {}
     ranks: dict[str, int] = {}
+    written: set[str] = set()
     for layer, where, at in _layers(config):
         for module, members in modules.items():
             kernels = {member: f"{where}.{member}.kernel" for member in members}
             adapted = [member for member in members if f"{kernels[member]}.lora_a" in found]
             if not adapted:
                 continue
+            written |= {kernels[member] for member in adapted}
             ranks[module] = adapter.rank * len(adapted)
             pairs = {m: [found[f"{kernels[m]}.{name}"][at] for name in ("lora_a", "lora_b")] for m in adapted}
             a = np.concatenate([a.reshape(-1, adapter.rank).T for a, _ in pairs.values()])  # [R, I]
@@ -106,6 +111,8 @@ def export(path: Path, adapter: AdapterConfig, config: ModelConfig, trained: Any
                 for member in adapted:
                     lengths[member] = lengths[member] + found[f"{kernels[member]}.magnitude"][at].reshape(-1)
                 tensors[f"{name}.lora_magnitude_vector"] = np.concatenate(list(lengths.values()))
+    if left := sorted({name.rpartition(".")[0] for name in found} - written):
+        raise UserError(f"{left[0].removesuffix('.kernel')}: has no place in PEFT's layout; nothing was written")
     # The scale of a rank n times as large is kept by an alpha that grows as the rank does, or its square root.
     more = {module: rank // adapter.rank for module, rank in ranks.items() if rank != adapter.rank}
     description = {
@@ -185,7 +192,7 @@ def load(path: Path, config: ModelConfig, base: Any) -> tuple[AdapterConfig, Any
             lora_b[at].reshape(adapter.rank, -1)[: ranks[name]] = (b[rows] * np.float32(scale)).T
             if lengths:
                 magnitude = new[f"{kernel}.magnitude"]
-                change = lengths[0][rows] - _lengths(np.asarray(old[kernel][at]), len(lengths[0][rows]))
+                change = lengths[0][rows] - _lengths(np.asarray(dense(old[kernel])[at]), len(lengths[0][rows]))
                 magnitude[at] = change.reshape(magnitude[at].shape)
     if left:
         raise UserError(f"{path / TENSORS}: not supported: {', '.join(sorted(left)[:5])}")
@@ -219,7 +226,7 @@ def _outputs(config: ModelConfig, member: str) -> int:
 
 
 def _numpy(tree: Any) -> Any:
-    return {k: _numpy(v) if isinstance(v, dict) else np.asarray(v) for k, v in tree.items()}
+    return {k: _numpy(v) if isinstance(v, dict) else np.asarray(dense(v)) for k, v in tree.items()}
 
 
 def _number(value: float) -> float | int:

@@ -22,7 +22,7 @@ from model.adapters.dora import DoRA
 from model.adapters.lora import LoRA, applied, draw_a, factors
 from model.config import ModelConfig
 from model.dropout import fold_in
-from model.weights import Weights
+from model.weights import MATRICES, Weights, dense, is_weight
 from tpu.errors import UserError
 from train.config import ADDED_FIELDS, AdapterConfig
 
@@ -106,9 +106,7 @@ def combined(adapter: AdapterConfig, base: Weights, trained: Weights, keys: jax.
 
 def merged(adapter: AdapterConfig, base: Weights, trained: Weights) -> Weights:
     """The model's weights as plain arrays; matrices that the adapter changes are computed, and stay, in float32."""
-    is_adapted = lambda weight: isinstance(weight, (LoRA, DoRA))  # noqa: E731
-    weights = combined(adapter, base, trained)
-    return jax.tree.map(lambda w: w.merged() if is_adapted(w) else w, weights, is_leaf=is_adapted)
+    return jax.tree.map(dense, combined(adapter, base, trained), is_leaf=is_weight)
 
 
 def lora_scale(adapter: AdapterConfig) -> float:
@@ -117,12 +115,17 @@ def lora_scale(adapter: AdapterConfig) -> float:
 
 
 def _targets(adapter: AdapterConfig, shapes: dict[tuple[str, ...], Any]) -> list[tuple[str, ...]]:
-    """The paths of the matrices of layers in which one of `adapter.targets` is found."""
-    known = {".".join(p[:-1]): p for p in shapes if p[:2] == ("stack", "groups") and p[-1] == "kernel"}
+    """The paths of the matrices of layers, in any stack, in which one of `adapter.targets` is found."""
+    known = {".".join(p[:-1]): p for p in shapes if "groups" in p and p[-1] in MATRICES}
     chosen: dict[tuple[str, ...], None] = {}
     for pattern in adapter.targets:
         matches = [path for name, path in known.items() if re.search(pattern, name)]
         if not matches:
             raise UserError(f"adapter.targets: {pattern!r} is found in no weight matrix; there are {', '.join(known)}")
         chosen |= dict.fromkeys(matches)
+    for path in chosen:  # Experts and image encoders have other rows than the batch, each of which has a key.
+        if adapter.dropout and ("vision" in path or ("moe" in path and "shared" not in path)):
+            raise UserError(
+                f"adapter.dropout={adapter.dropout}: not in {'.'.join(path[:-1])}; give 0, or other adapter.targets"
+            )
     return list(chosen)

@@ -17,6 +17,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
+from model.weights import axes_of
 from tpu import rules
 from train.config import LossConfig
 
@@ -45,7 +46,7 @@ def cross_entropy(
     Returns:
       Two float32 scalars; no gradient flows through the second.
     """
-    names = tuple(jax.tree.structure(weights).flatten_up_to(axes))
+    names = tuple(jax.tree.structure(weights).flatten_up_to(axes_of(weights, axes)))
     fixed = (head, names, config.chunk_tokens, config.label_smoothing, config.z_loss)
     return _cross_entropy(*fixed, weights, hidden, targets, loss_weights)
 
@@ -70,11 +71,14 @@ def _cross_entropy(head, names, chunk_tokens, smoothing, z_loss, weights, hidden
 
 def _forward(head, names, chunk_tokens, smoothing, z_loss, weights, hidden, targets, loss_weights):
     def each(weights, hidden, targets, loss_weights):
-        chunks = _chunks(head, weights, hidden, chunk_tokens)
+        chunks, moving = _chunks(head, weights, hidden, chunk_tokens), _floats(weights)
+
+        def of_floats(moving, h):
+            return head(jax.tree.map(lambda m, w: w if m is None else m, moving, weights, is_leaf=_is_none), h)
 
         def add(carry, index):
             h, t, w = (_cut(a, index, chunks) for a in (hidden, targets, loss_weights))
-            logits, pull = jax.vjp(head, weights, h)
+            logits, pull = jax.vjp(of_floats, moving, h)
             loss, nll, d_logits = _terms(logits, t, w, smoothing, z_loss)
             d_weights, d_hidden = pull(d_logits)
             d_weights = jax.tree.map(lambda total, part: total + part, carry[2], d_weights)
@@ -82,16 +86,17 @@ def _forward(head, names, chunk_tokens, smoothing, z_loss, weights, hidden, targ
             d_hidden = jax.lax.dynamic_update_slice_in_dim(carry[3], d_hidden.astype(hidden.dtype), at, axis=1)
             return (carry[0] + loss, carry[1] + nll, d_weights, d_hidden), None
 
-        zeros = jax.tree.map(lambda w: jnp.zeros(w.shape, jnp.float32), weights)
+        zeros = jax.tree.map(lambda w: jnp.zeros(w.shape, jnp.float32), moving)
         start = (jnp.zeros(()), jnp.zeros(()), zeros, jnp.zeros_like(hidden))
         loss, nll, d_weights, d_hidden = jax.lax.scan(add, start, jnp.arange(chunks))[0]
-        d_weights = jax.tree.map(lambda d, w: d.astype(w.dtype), d_weights, weights)
+        d_weights = jax.tree.map(lambda d, w: d.astype(w.dtype), d_weights, moving)
         d_weights = jax.tree.map(spread.reduced, d_weights, layout)
         return *jax.lax.psum((loss, nll), spread.axes), d_weights, d_hidden
 
     spread = _Spread(targets)
     structure = jax.tree.structure(weights)
     layout = structure.unflatten(map(spread.layout, names, jax.tree.leaves(weights)))
+    layout = jax.tree.map(lambda m, at: None if m is None else at, _floats(weights), layout, is_leaf=_is_none)
     none = PartitionSpec()
     over_devices = spread.over_devices(each, (none, none, layout, spread.tokens))
     loss, nll, d_weights, d_hidden = over_devices(weights, hidden, targets, loss_weights)
@@ -104,6 +109,15 @@ def _backward(head, names, chunk_tokens, smoothing, z_loss, saved, cotangents):
 
 
 _cross_entropy.defvjp(_forward, _backward)
+
+
+def _floats(weights):
+    """The weights with None for what has no gradient: the integers of a quantised matrix."""
+    return jax.tree.map(lambda w: w if jnp.issubdtype(w.dtype, jnp.inexact) else None, weights)
+
+
+def _is_none(node):
+    return node is None
 
 
 class _Spread:
