@@ -33,11 +33,21 @@ class Prefix(nnx.Module):
         self.gate = parameter(rngs, (config.heads,), ("heads",), config.weight_dtype, zeros)
         self.softcap = config.attention_softcap
 
-    def __call__(self, out: jax.Array, q: jax.Array, k: jax.Array, mask: jax.Array) -> jax.Array:
+    def __call__(
+        self,
+        out: jax.Array,
+        q: jax.Array,
+        k: jax.Array,
+        mask: jax.Array,
+        bias: jax.Array | None = None,
+        sinks: jax.Array | None = None,
+    ) -> jax.Array:
         """The attention of queries to keys and prefix, from `out`, that to the keys.
 
         Args:
-          out, q: [B, H, T, K], q scaled by 1 / sqrt(K). k: [B, G, S, K]. mask: [B, T, S] bool, as `attention.visible`.
+          out, q: [B, H, T, K], q scaled by 1 / sqrt(K). k: [B, G, S, K].
+          mask, bias, sinks: of the attention to the keys, as `model.attention.attend.plain_attention` takes them. The
+            prefix has no position, and so no bias.
         """
         b, h, t, width = q.shape
         q = q.reshape(b, k.shape[1], -1, t, width)  # [B, G, R, T, K]
@@ -45,7 +55,9 @@ class Prefix(nnx.Module):
         # Never below zero, and with a gradient that leads back from there.
         gate = gate + jax.lax.stop_gradient(jax.nn.relu(gate) - gate)
         prefix, mine = self._prefix(q)
-        others = jax.checkpoint(self._weight)(q, k, mask)
+        others = jax.checkpoint(self._weight)(q, k, mask, bias)
+        if sinks is not None:
+            others = jnp.logaddexp(others, sinks.astype(jnp.float32).reshape(*q.shape[1:3], 1))
         # To the prefix for one to the keys, below what float32 can hold.
         odds = gate.reshape(*q.shape[1:3], 1) * jnp.exp(jnp.minimum(prefix - others, 80.0))  # [B, G, R, T]
         share = odds / (1 + odds)
@@ -61,9 +73,11 @@ class Prefix(nnx.Module):
         return jax.nn.logsumexp(scores, axis=-1), mine
 
     @jax.checkpoint
-    def _weight(self, q: jax.Array, k: jax.Array, mask: jax.Array) -> jax.Array:
+    def _weight(self, q: jax.Array, k: jax.Array, mask: jax.Array, bias: jax.Array | None) -> jax.Array:
         """log sum exp of the scores of the keys that each query sees, [B, G, R, T]."""
         scores = self._capped(jnp.einsum("bgrtk,bgsk->bgrts", q, k, preferred_element_type=jnp.float32))
+        if bias is not None:
+            scores = scores + bias.reshape(-1, *q.shape[1:3], *bias.shape[2:])
         return jax.nn.logsumexp(jnp.where(mask[:, None, None], scores, jnp.finfo(jnp.float32).min), axis=-1)
 
     def _capped(self, scores: jax.Array) -> jax.Array:

@@ -12,13 +12,14 @@ from jax.ad_checkpoint import checkpoint_name
 from model.adapters.prefix import Prefix
 from model.attention import cache as kv_cache
 from model.attention.attend import attend
-from model.attention.block_sparse_attention import SparsePattern
+from model.attention.block_sparse_attention import SparsePattern, sparse_mask
 from model.attention.layer_inputs import LayerInputs
 from model.attention.memory import Hidden
 from model.config import ModelConfig
 from model.linear import Linear, parameter, together, zeros
 from model.norms import Norm
 from model.place import Place, visible
+from model.positions import alibi
 from model.positions.rope import rotate
 from tpu.rules import constrain
 
@@ -113,8 +114,20 @@ class SelfAttention(nnx.Module):
             own=own,
         )
         if self.prefix is not None:
-            out = self.prefix(out, q, k, visible(place, keys, self.window))
+            sinks = None if self.sinks is None else self.sinks.get_value()
+            out = self.prefix(out, q, k, *self._seen(q.shape[1], place, keys, inputs.bias), sinks)
         return checkpoint_name(self.out(out.swapaxes(1, 2)), "out"), cached
+
+    def _seen(
+        self, heads: int, queries: Place, keys: Place, bias: jax.Array | None
+    ) -> tuple[jax.Array, jax.Array | None]:
+        """Which keys [B, T, S] the queries see, and what is added to their scores, [B or 1, H, T, S] or None."""
+        mask = visible(queries, keys, self.window, self.causal)
+        if self.sparse is not None:
+            mask &= sparse_mask(self.sparse, queries.positions, keys.positions)
+        if self.alibi:
+            bias = alibi.bias(heads, queries.positions, keys.positions)
+        return mask, bias
 
     def _normalized(self, norm: Norm, x: jax.Array) -> jax.Array:
         """x [B, T, H, K] normalised over K, or over H and K together."""

@@ -328,7 +328,7 @@ def test_lora_over_it_trains_and_merges(name, one_device):
             losses.append(float(metrics["nll"]))
         unmerged = float(program.evaluate(state.weights, drawn_batch(given))["nll_sum"])
         figures = summarize(given)
-    assert losses[-1] < 0.98 * losses[0]
+    assert losses[-1] < losses[0] - 0.02
     for leaf, old in zip(jax.tree.leaves(base), before, strict=True):
         np.testing.assert_array_equal(leaf, old)
     merged = adapter_weights.merged(given.adapter, base, state.weights)
