@@ -26,7 +26,7 @@ MAKE: dict[str, type[nnx.Module]] = {
 
 def maker(config: ModelConfig) -> type[nnx.Module]:
     """The class of a model of this shape."""
-    return Contrastive if config.fusion == "contrastive" else MAKE[config.kind]
+    return Contrastive if config.pairs else MAKE[config.kind]
 
 
 def build(config: ModelConfig) -> tuple[nnx.GraphDef, Weights, Any]:

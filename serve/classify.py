@@ -43,7 +43,7 @@ def probabilities(
     from train.evaluate.retrieval import class_vectors, embedders
 
     data, model = trained.experiment.data, trained.experiment.model
-    if model.fusion != "contrastive":
+    if not model.pairs:
         raise UserError(f"model.fusion={model.fusion!r}: {trained.step_dir} compares no pictures with texts")
     see, read = embedders(model, trained.weights, trained.tokenizer, data.context)
     turns = (Turn("user", IMAGE),)

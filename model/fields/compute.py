@@ -54,7 +54,7 @@ class Compute:
             "model.attention_sinks=True": self.attention_sinks,
             f"model.memory={self.memory}": self.memory,
             f"model.vision.mask={self.vision.mask!r}": self.fusion == "merge" and self.vision.mask != "causal",
-            f"model.fusion={self.fusion!r}": self.fusion in ("co", "tangled", "contrastive"),
+            f"model.fusion={self.fusion!r}": self.fusion in ("co", "tangled") or self.pairs,
         }
         return next((name for name, there in found.items() if there), "")
 

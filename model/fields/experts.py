@@ -41,7 +41,7 @@ class Experts:
         # Of other models nobody reads what the routers did, so that nothing would balance them.
         if self.kind != "decoder":
             raise UserError(f"model.experts={self.experts}: only with model.kind='decoder', not {self.kind!r}")
-        if self.fusion == "contrastive":
+        if self.pairs:
             raise UserError(f"model.experts={self.experts}: not with model.fusion='contrastive'")
         if not 1 <= self.experts_per_token <= self.experts:
             raise UserError(

@@ -5,9 +5,11 @@ import dataclasses
 from model.fields.limits import choice, given, number
 from tpu.errors import UserError
 
+CONTRASTIVE = "contrastive"  # images and texts are encoded apart, and meet in the loss alone
+FUSIONS = ("none", "merge", "cross", "co", "tangled", CONTRASTIVE)
 MERGE, CROSS = {"model.fusion": ("merge",)}, {"model.fusion": ("cross",)}
 CONNECTED, TANGLED = {"model.fusion": ("co", "tangled")}, {"model.fusion": ("tangled",)}
-CONTRASTIVE = {"model.fusion": ("contrastive",)}
+PAIRS = {"model.fusion": (CONTRASTIVE,)}
 
 
 @dataclasses.dataclass
@@ -31,10 +33,10 @@ class Fusion:
     # of an image; each begins as the mean of as many of its vectors
     actions: int = number(1, at_least=1, of=TANGLED)
     tangled: str = choice("code", "paper", of=TANGLED)  # what ActBERT's text (paper) or published code (code) says
-    similarity: str = choice("softmax", "sigmoid", of=CONTRASTIVE)  # CLIP's loss, or SigLIP's
-    projection_dim: int = number(128, at_least=1, of=CONTRASTIVE)
+    similarity: str = choice("softmax", "sigmoid", of=PAIRS)  # CLIP's loss, or SigLIP's
+    projection_dim: int = number(128, at_least=1, of=PAIRS)
     # the vector of a text: at its end token, or at the row's last position
-    text_pool: str = choice("end", "last", of=CONTRASTIVE)
+    text_pool: str = choice("end", "last", of=PAIRS)
 
     def derive(self) -> None:
         """Fills in offset."""

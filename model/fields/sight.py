@@ -3,6 +3,7 @@
 import dataclasses
 
 from model.fields.attention import repeated
+from model.fields.fusion import CONTRASTIVE, FUSIONS
 from model.fields.limits import choice
 from model.fields.norms import DROPOUTS
 from model.fields.vision import VisionConfig
@@ -14,7 +15,7 @@ class Sight:
     """The fusion of images and text, and the encoder of images."""
 
     # how images reach the text (model.fusion)
-    fusion: str = choice("none", "merge", "cross", "co", "tangled", "contrastive")
+    fusion: str = choice(*FUSIONS)
     vision: VisionConfig = dataclasses.field(default_factory=VisionConfig)
 
     def derive(self) -> None:
@@ -31,18 +32,14 @@ class Sight:
                 f"model.vision.encoder={self.vision.encoder!r}: with model.fusion={self.fusion!r} and "
                 f"model.kind={self.kind!r} " + ("images reach nothing; set model.fusion" if sees else "it must be set")
             )
-        if self.fusion != "none" and self.kind != "decoder" and (self.fusion, self.kind) != ("contrastive", "encoder"):
+        if self.fusion != "none" and self.kind != "decoder" and not (self.pairs and self.kind == "encoder"):
             raise UserError(f"model.fusion={self.fusion!r}: not with model.kind={self.kind!r}")
         pooled = self.vision.pool != "none"
-        if sees and pooled != (self.kind == "vision" or self.fusion == "contrastive"):
-            raise UserError(
-                f"model.vision.pool={self.vision.pool!r}: "
-                + (
-                    "only with model.fusion='contrastive' or model.kind='vision'"
-                    if pooled
-                    else "one of class, mean, map"
-                )
+        if sees and pooled != (self.kind == "vision" or self.pairs):
+            valid = (
+                "only with model.fusion='contrastive' or model.kind='vision'" if pooled else "one of class, mean, map"
             )
+            raise UserError(f"model.vision.pool={self.vision.pool!r}: {valid}")
         if self.fusion == "merge" and self.vision.mask != "causal" and (self.remembers or "sparse" in self.pattern):
             raise UserError(f"model.vision.mask={self.vision.mask!r}: not with memory or 'sparse' layers")
         if self.fusion in ("cross", "co", "tangled") and self.remembers:
@@ -54,7 +51,7 @@ class Sight:
             )
         if self.fusion in ("co", "tangled"):
             self._check_connections()
-        if sees and (self.kind == "vision" or self.fusion == "contrastive"):
+        if sees and (self.kind == "vision" or self.pairs):
             named = "model.kind='vision'" if self.kind == "vision" else "model.fusion='contrastive'"
             for field in DROPOUTS:
                 if value := getattr(self, field):
@@ -69,7 +66,7 @@ class Sight:
         if self.fusion == "tangled" and self.vision.vectors % self.vision.actions:
             raise UserError(
                 f"model.vision.actions={self.vision.actions}: does not divide the {self.vision.vectors} vectors of "
-                f"an image"
+                "an image"
             )
         if len(self.pattern) * self.vision.connections > self.layers or self.share_layers != "none":
             raise UserError(
@@ -82,6 +79,11 @@ class Sight:
     def looks(self, layer: int) -> bool:
         """Whether layer number `layer` of a group has cross-attention to images before it."""
         return self.fusion == "cross" and layer % self.vision.every == self.vision.offset
+
+    @property
+    def pairs(self) -> bool:
+        """Whether images and texts are encoded apart and compared (CLIP)."""
+        return self.fusion == CONTRASTIVE
 
     @property
     def source_width(self) -> int:

@@ -142,7 +142,7 @@ def make_decoder(
     A row ends with the token `end_of_document`, or one of `ends`. An encoder-decoder reads with its encoder. What its
     decoder writes begins after `config.start_token`, at positions of its own. An encoder alone cannot generate.
     """
-    if config.kind not in ("decoder", "encoder_decoder") or config.fusion == "contrastive":
+    if config.kind not in ("decoder", "encoder_decoder") or config.pairs:
         raise UserError(
             f"model.kind={config.kind!r}, model.fusion={config.fusion!r}: generates no text; valid: decoder, "
             "encoder_decoder, and any fusion but contrastive"
