@@ -234,3 +234,15 @@ def test_help_takes_less_than_a_second_of_a_processor(module):
         after = resource.getrusage(resource.RUSAGE_CHILDREN)
         seconds.append(after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime)
     assert min(seconds) < 1
+
+
+def test_text_files_are_read_and_written_as_utf8():
+    """Whatever the locale: a call that leaves the encoding open would follow it."""
+    found = []
+    for package in ("model", "serve", "tpu", "train"):
+        for path in (ROOT / package).rglob("*.py"):
+            for call in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+                texts = isinstance(call, ast.Call) and getattr(call.func, "attr", "") in ("read_text", "write_text")
+                if texts and all(keyword.arg != "encoding" for keyword in call.keywords):
+                    found.append(f"{path.relative_to(ROOT)}:{call.lineno}")
+    assert found == []

@@ -47,7 +47,7 @@ def keep_freed_memory() -> bool:
 def cpu_multiplies_bfloat16() -> bool:
     """Whether this processor has bfloat16 matrix instructions that XLA uses (AVX512-BF16 or AMX)."""
     try:
-        flags = pathlib.Path("/proc/cpuinfo").read_text()
+        flags = pathlib.Path("/proc/cpuinfo").read_text(encoding="utf-8")
     except OSError:
         return False
     return "avx512_bf16" in flags or "amx_bf16" in flags
@@ -90,7 +90,7 @@ def start_backend(compilation_cache: bool = True) -> str:
 def has_tpu_chips() -> bool:
     """Whether this machine has TPUs, by its PCI bus."""
     vendors = pathlib.Path("/sys/bus/pci/devices").glob("*/vendor")
-    return any(vendor.read_text().strip() == _GOOGLE_PCI_VENDOR for vendor in vendors)
+    return any(vendor.read_text(encoding="utf-8").strip() == _GOOGLE_PCI_VENDOR for vendor in vendors)
 
 
 def cache_dir() -> pathlib.Path:
@@ -135,7 +135,7 @@ def peak_host_bytes() -> int:
 def resident_bytes() -> int:
     """Memory this process holds now; 0 where the system does not say."""
     try:
-        return int(pathlib.Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
+        return int(pathlib.Path("/proc/self/statm").read_text(encoding="utf-8").split()[1]) * resource.getpagesize()
     except OSError:
         return 0
 
@@ -151,11 +151,14 @@ def free_bytes() -> int:
         return statistics.get("bytes_limit", 0) - statistics.get("bytes_in_use", 0)
     found = []
     with contextlib.suppress(OSError, ValueError, StopIteration):
-        lines = pathlib.Path("/proc/meminfo").read_text().splitlines()
+        lines = pathlib.Path("/proc/meminfo").read_text(encoding="utf-8").splitlines()
         found.append(1024 * int(next(line for line in lines if line.startswith("MemAvailable")).split()[1]))
     with contextlib.suppress(OSError, ValueError):  # "max": no limit
         group = pathlib.Path("/sys/fs/cgroup")
-        found.append(int((group / "memory.max").read_text()) - int((group / "memory.current").read_text()))
+        found.append(
+            int((group / "memory.max").read_text(encoding="utf-8"))
+            - int((group / "memory.current").read_text(encoding="utf-8"))
+        )
     return min(found, default=0)
 
 

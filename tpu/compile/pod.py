@@ -155,7 +155,7 @@ def _dumped(folder: str) -> str:
     """The module that libtpu wrote to a folder, after code generation where it came so far."""
     for ending in ("after_codegen.txt", "after_optimizations.txt"):
         if found := list(pathlib.Path(folder).glob(f"*.{ending}")):
-            return found[0].read_text()
+            return found[0].read_text(encoding="utf-8")
     return ""
 
 

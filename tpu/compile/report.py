@@ -159,7 +159,7 @@ def make_report(
         for row, counted in zip(report.collectives, counts.collectives, strict=True):
             row["seconds"] = collective_seconds(counted, topology, mesh)
         if train and fits:
-            prices = json.loads(pathlib.Path(__file__).with_name("prices.json").read_text())
+            prices = json.loads(pathlib.Path(__file__).with_name("prices.json").read_bytes())
             report.run = run_cost(report.step_seconds, experiment.run.steps, chip, report.chips, prices)
     return report
 

@@ -171,7 +171,7 @@ def verified(layout: Layout, arguments: list[str], topology: Topology, slices: i
             if not report.exists():
                 raise UserError(f"tpu.compile {layout.flags}: {(done.stderr.strip() or 'failed').splitlines()[-1]}")
             report.replace(kept)
-    return json.loads(kept.read_text())
+    return json.loads(kept.read_bytes())
 
 
 def row(layout: Layout, topology: Topology, slices: int, flops: int) -> dict[str, Any]:

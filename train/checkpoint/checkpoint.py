@@ -27,7 +27,6 @@ import sys
 from collections.abc import Callable, Collection
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 import jax
@@ -60,8 +59,8 @@ class Checkpointer:
         distributed.decide(self._prepare)
         for name in ("absl", "asyncio"):
             logging.getLogger(name).addFilter(_not_an_orbax_error)
-        if not isinstance(sys.excepthook, _WithoutClosedLoops):
-            sys.excepthook = _WithoutClosedLoops(sys.excepthook)
+        if not isinstance(sys.unraisablehook, _WithoutClosedLoops):
+            sys.unraisablehook = _WithoutClosedLoops(sys.unraisablehook)
         self._run = run
         self._losses = _losses(self.directory) if distributed.leads() else {}
         self._manager: ocp.CheckpointManager | None = None
@@ -286,17 +285,18 @@ def _not_an_orbax_error(record: logging.LogRecord) -> bool:
 
 
 class _WithoutClosedLoops:
-    """A sys.excepthook that says nothing of a write that ends after the one that failed, when nobody listens any more.
+    """A sys.unraisablehook that says nothing of a write that ends after one that failed, when nobody listens any more.
 
     Tensorstore hands each such end to the event loop of Orbax, which is closed by then, and shows what comes of it.
     """
 
-    def __init__(self, hook: Callable[..., Any]) -> None:
+    def __init__(self, hook: Callable[[Any], None]) -> None:
         self._hook = hook
 
-    def __call__(self, kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
-        if not (kind is RuntimeError and str(error) == "Event loop is closed"):
-            self._hook(kind, error, trace)
+    def __call__(self, unraisable: Any) -> None:
+        error = unraisable.exc_value
+        if not (isinstance(error, RuntimeError) and str(error) == "Event loop is closed"):
+            self._hook(unraisable)
 
 
 def _cause(error: Exception) -> str:

@@ -107,7 +107,7 @@ def _prepare(sweep: Sweep) -> Study | None:
         sweep.directory.mkdir(parents=True, exist_ok=True)
         with alone(sweep.directory):
             if file.exists():
-                _check_same(sweep, json.loads(file.read_text()), settings)
+                _check_same(sweep, json.loads(file.read_bytes()), settings)
             else:
                 write_json(file, {"experiment": to_dict(sweep.experiment), "settings": settings})
             if not with_study:

@@ -239,7 +239,7 @@ class Trial:
 def read_record(file: Path) -> Record:
     """A `trial.json` as it was written. Raises UserError where it is something else."""
     try:
-        record = Record(**json.loads(file.read_text()))
+        record = Record(**json.loads(file.read_bytes()))
         record.overrides = {f: tuple(v) if isinstance(v, list) else v for f, v in record.overrides.items()}
     except (ValueError, TypeError, AttributeError) as error:
         raise UserError(f"{file}: not the record of a trial; remove its directory to run it again") from error

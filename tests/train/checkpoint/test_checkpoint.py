@@ -13,6 +13,7 @@ import sys
 import textwrap
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import jax
@@ -630,12 +631,12 @@ def test_file_too_large(tmp_path):
 
 def test_writes_that_end_after_one_failed_say_nothing(tmp_path, monkeypatch):
     seen = []
-    monkeypatch.setattr(sys, "excepthook", lambda kind, error, trace: seen.append(error))
+    monkeypatch.setattr(sys, "unraisablehook", lambda unraisable: seen.append(unraisable.exc_value))
     for _ in range(2):
         Checkpointer(tmp_path, RunConfig()).close()
     ours = [RuntimeError("Event loop is not closed"), ValueError("Event loop is closed")]
     for error in (RuntimeError("Event loop is closed"), *ours):
-        sys.excepthook(type(error), error, None)
+        sys.unraisablehook(SimpleNamespace(exc_value=error))
     assert seen == ours
 
 

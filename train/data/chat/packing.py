@@ -162,7 +162,7 @@ def groups(
     vision = model.vision
     settings = [*source, data.holdout, tokenizer.to_dict(), dataclasses.asdict(assembly_of(data)), data.images]
     settings += [vision.encoder, vector_grid(vision) if vision.encoder != "none" else None, model.fusion]
-    settings += [Path(__file__).with_name(f"{name}.py").read_text() for name in CODE]
+    settings += [Path(__file__).with_name(f"{name}.py").read_text(encoding="utf-8") for name in CODE]
     return together(cache.array(data, f"sizes-{cache.digest(settings)}.npy", sizes), most)
 
 
