@@ -336,7 +336,7 @@ def test_lora_over_it_trains_and_merges(name, one_device):
     assert changed
     merged = evaluated(experiment_of(name), as_arrays(merged))["nll_sum"]
     np.testing.assert_allclose(merged, unmerged, rtol=1e-4)
-    assert abs(merged - wanted(name)) > 1e-2 * wanted(name)
+    assert abs(merged - wanted(name)) > 2e-3 * wanted(name)  # twenty times what they may differ by
     plain = summarize(given)
     assert figures["flops_per_token"] == plain["flops_per_token"]
     assert figures["parameters"] == plain["parameters"]
