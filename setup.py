@@ -19,7 +19,7 @@ setup(
         "flax>=0.12.2",
         "optax>=0.2.8",
         "orbax-checkpoint>=0.11.36",
-        "grain>=0.2.12",
+        "grain>=0.2.18",
         "tensorflow-datasets>=4.9.9",
         "importlib_resources",  # tensorflow-datasets needs it to prepare a data set and does not say so
         "absl-py",
