@@ -28,11 +28,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from model import kinds
-from model.attention.attend import attend, plain_attention
+from model.attention.attend import Rules, attend, plain_attention
 from model.attention.block_sparse_attention import SparsePattern, block_sparse_attention
 from model.attention.linear_attention import linear_attention
 from model.config import ModelConfig
-from model.generate.decode import advance, prefill
+from model.generate.prefill import advance, prefill
 from model.place import Place, visible
 from model.weights import Weights, bind
 
@@ -107,7 +107,8 @@ def reference_error(fields: dict[str, Any]) -> float:
             sizes = (config.sparse_newest, config.sparse_first, config.sparse_random, config.sparse_seed)
             options["sparse"] = SparsePattern(16, *sizes)
         name = "plain" if plain else "chunked"
-        return lambda q, k, v: attend(q * 32**-0.5, k, v, place, place, kind=name, **options)
+        rules = Rules(name, same=True, **options)
+        return lambda q, k, v: attend(q * 32**-0.5, k, v, place, place, rules)
 
     def all_of(function: Callable[..., jax.Array]) -> list[jax.Array]:
         def mixed(*inputs: jax.Array) -> tuple[jax.Array, jax.Array]:

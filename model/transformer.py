@@ -59,20 +59,25 @@ class Transformer(nnx.Module):
         positions: jax.Array | None = None,
         images: Images | None = None,
         source: Source | None = None,
+        opens: bool = False,
     ) -> tuple[jax.Array, Cache | Memory | None]:
         """tokens [B, T] int32 at `place` -> (final hidden states [B, T, D], the cache with these tokens in it).
 
         Args:
-          cache: where earlier tokens of the rows are; in training None, or the memory of the rows before.
+          cache: where earlier tokens of the rows are, after which these follow one another; in training None, or the
+            memory of the rows before.
           key: [B] keys for dropout; None for none.
           keys: without a cache, where the tokens stand for those that look at them, if not at `place`: in another
             segment, padding is seen by nobody and yet may look.
           positions: [B, T] int32, what is embedded or turned by, if not the order of tokens in `place`; no memory then.
             With model.rope_sections [B, T, 3]: time, row and column.
-          images: what the rows show; or else `source`, the images' places and where the tokens stand among them, where
-            an earlier call with this cache has seen them. Neither: no images.
+          images: what the rows show, and, where their vectors are known, `source`, with places alone where an earlier
+            call with this cache has seen them; or only `source`, with where the tokens stand among the images, too.
+            Neither: no images.
+          opens: whether these are the first tokens of every row, at the positions from 0 on, so that the cache, which
+            holds nothing yet, is written and not read.
         """
-        return self.routed(tokens, place, cache, key, keys, positions, images, source)[:2]
+        return self.routed(tokens, place, cache, key, keys, positions, images, source, opens)[:2]
 
     def routed(
         self,
@@ -84,6 +89,7 @@ class Transformer(nnx.Module):
         positions: jax.Array | None = None,
         images: Images | None = None,
         source: Source | None = None,
+        opens: bool = False,
     ) -> tuple[jax.Array, Cache | Memory | None, dict[str, Routing]]:
         """As a call, and what the routers of mixtures of experts did, stacked [groups, ...] by layer of a group."""
         positions = place.positions if positions is None else positions
@@ -92,7 +98,7 @@ class Transformer(nnx.Module):
             h = self.embedding(tokens)
             h = h if self.embedding_scale == 1.0 else h * self.embedding_scale
             if images is not None:
-                source = images.looked_at(self.vision(images), place)
+                source = images.looked_at(self.vision(images) if source is None else source, place)
                 place = place._replace(blocks=images.blocks(self.mask, place))
                 h = merged(h, source.hidden, images.slots) if self.fusion == "merge" else h
             if self.position_embedding is not None:
@@ -105,8 +111,8 @@ class Transformer(nnx.Module):
             slots, layers = recall(cache, place, self.stack.unroll)
             turned = slots
         elif cache is not None:
-            written = slots = write_slots(cache.slots, place)
-            layers = cache.layers
+            written, layers = write_slots(cache.slots, place), cache.layers
+            slots = None if opens else written
         turn = None if self.rope is None else rotations(self.rope, turned, written)
         if self.streams is not None:
             given, count = (None, 0) if images is None else (images.opening(place), images.segments.shape[1])
@@ -119,7 +125,7 @@ class Transformer(nnx.Module):
             h = self.final_norm(h)
         if isinstance(cache, Memory):
             return h, remember(slots, layers, tokens.shape[1]), routings
-        return h, None if cache is None else Cache(slots._replace(blocks=None), layers), routings
+        return h, None if cache is None else Cache(written._replace(blocks=None), layers), routings
 
 
 def merged(h: jax.Array, vectors: jax.Array, slots: jax.Array) -> jax.Array:

@@ -17,6 +17,9 @@ from flax import nnx
 from model.config import ModelConfig
 from model.linear import parameter, zeros
 
+LONG = 2048  # keys of a cache from which on not all queries meet them at a time
+QUERIES = 64  # but so many
+
 
 class Prefix(nnx.Module):
     """The prefix of one layer."""
@@ -55,7 +58,9 @@ class Prefix(nnx.Module):
         # Never below zero, and with a gradient that leads back from there.
         gate = gate + jax.lax.stop_gradient(jax.nn.relu(gate) - gate)
         prefix, mine = self._prefix(q)
-        others = jax.checkpoint(self._weight)(q, k, mask, bias)
+        part_of_long = 1 < t < k.shape[2] > LONG
+        weigh = self._weight_in_turn if part_of_long else jax.checkpoint(self._weight)
+        others = weigh(q, k, mask, bias)
         if sinks is not None:
             others = jnp.logaddexp(others, sinks.astype(jnp.float32).reshape(*q.shape[1:3], 1))
         # To the prefix for one to the keys, below what float32 can hold.
@@ -79,6 +84,16 @@ class Prefix(nnx.Module):
         if bias is not None:
             scores = scores + bias.reshape(-1, *q.shape[1:3], *bias.shape[2:])
         return jax.nn.logsumexp(jnp.where(mask[:, None, None], scores, jnp.finfo(jnp.float32).min), axis=-1)
+
+    def _weight_in_turn(self, q: jax.Array, k: jax.Array, mask: jax.Array, bias: jax.Array | None) -> jax.Array:
+        """The same, some queries after others, so that a part of a long prompt does not hold its scores of all keys."""
+
+        def one(x: tuple[jax.Array, jax.Array, jax.Array | None]) -> jax.Array:
+            q, mask, bias = x  # [B, G, R, K], [B, S], [B or 1, H, S]
+            return self._weight(q[:, :, :, None], k, mask[:, None], None if bias is None else bias[:, :, None])[..., 0]
+
+        by_query = jnp.moveaxis(q, 3, 0), jnp.moveaxis(mask, 1, 0), None if bias is None else jnp.moveaxis(bias, 2, 0)
+        return jnp.moveaxis(jax.lax.map(one, by_query, batch_size=QUERIES), 0, 3)
 
     def _capped(self, scores: jax.Array) -> jax.Array:
         return self.softcap * jnp.tanh(scores / self.softcap) if self.softcap else scores

@@ -49,12 +49,12 @@ def chosen_blocks(pattern: SparsePattern, blocks: int) -> np.ndarray:
     return table
 
 
-def sparse_mask(pattern: SparsePattern, queries: jax.Array, keys: jax.Array) -> jax.Array:
+def sparse_mask(pattern: SparsePattern, queries: jax.Array, keys: jax.Array, length: int = 0) -> jax.Array:
     """[B, T, S] bool: whether the pattern lets queries at positions [B, T] see keys at positions [B, S] of a document.
 
-    Says nothing of the future: that mask is another.
+    Says nothing of the future: that mask is another. No position reaches `length`; 0: S.
     """
-    table = chosen_blocks(pattern, -(-keys.shape[1] // pattern.block))
+    table = chosen_blocks(pattern, -(-(length or keys.shape[1]) // pattern.block))
     of_query, of_key = queries[:, :, None] // pattern.block, keys[:, None, :] // pattern.block
     chosen = jnp.asarray(table)[queries // pattern.block]  # [B, T, random]
     drawn = (chosen[:, :, :, None] == of_key[:, :, None, :]).any(2)

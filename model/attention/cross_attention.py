@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from model.attention.attend import attend
+from model.attention.attend import Rules, attend
 from model.config import ModelConfig
 from model.linear import Linear, together
 from model.norms import Norm
@@ -85,14 +85,14 @@ class CrossAttention(nnx.Module):
             held = tuple(self._by_head(a) for a in (k if self.key_norm is None else self.key_norm(k), v))
         k, v = held
         causal, mask = source.queries is not None, source.mask
-        options = {"dropout_rate": self.dropout_rate, "key": key, "causal": causal, "window": self.window}
+        rules = Rules("plain", self.window, causal=causal)
         queries = source.queries if causal else place
         if mask is not None:
             hidden = jnp.where(mask, 0.0, jnp.finfo(jnp.float32).min)[:, None]
-            options["bias"] = jnp.broadcast_to(hidden, (len(q), q.shape[1], *mask.shape[1:]))
+            rules = rules._replace(bias=jnp.broadcast_to(hidden, (len(q), q.shape[1], *mask.shape[1:])))
         elif causal:
             mask = visible(queries, source.place, self.window)
-        out = attend(q, k, v, queries, source.place, kind="plain", **options)
+        out = attend(q, k, v, queries, source.place, rules, self.dropout_rate, key)
         out = self.out(out.swapaxes(1, 2))
         return out if mask is None else jnp.where(mask.any(-1)[..., None], out, 0), held
 

@@ -23,7 +23,7 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
 from model.attention import cache as kv_cache
-from model.attention.attend import attend
+from model.attention.attend import Rules, attend
 from model.attention.layer_inputs import LayerInputs
 from model.attention.memory import Pairs
 from model.config import ModelConfig
@@ -72,11 +72,8 @@ class KNNAttention(nnx.Module):
             out = self._joint(q, k, v, plain_q, place, slots, cached)
             cached = cached.followed_by(plain_k, v)
         else:
-            keys = place
-            if cached is not None:
-                cached = k, v = kv_cache.write(cached, k, v, place.positions)
-                keys = slots
-            out = attend(q, k, v, place, keys, kind=self.kind, alibi=self.alibi)
+            k, v, keys, cached = kv_cache.extend(cached, k, v, place, slots)
+            out = attend(q, k, v, place, keys, Rules(self.kind, alibi=self.alibi, same=slots is None))
         return checkpoint_name(self.out(out.swapaxes(1, 2)), "out"), cached
 
     def _joint(

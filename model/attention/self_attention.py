@@ -11,8 +11,8 @@ from jax.ad_checkpoint import checkpoint_name
 
 from model.adapters.prefix import Prefix
 from model.attention import cache as kv_cache
-from model.attention.attend import attend
-from model.attention.block_sparse_attention import SparsePattern, sparse_mask
+from model.attention.attend import Rules, attend, seen
+from model.attention.block_sparse_attention import SparsePattern
 from model.attention.layer_inputs import LayerInputs
 from model.attention.memory import Hidden
 from model.config import ModelConfig
@@ -47,17 +47,21 @@ class SelfAttention(nnx.Module):
         self.sinks = (
             parameter(rngs, (config.heads,), ("norm",), config.weight_dtype, zeros) if config.attention_sinks else None
         )
-        self.alibi = config.positions == "alibi"
         self.layer_kind, self.rope_interleaved = kind, config.rope_interleaved
-        self.window = config.window if kind == "local" else 0
-        self.sparse = None
+        sparse = None
         if kind == "sparse":
             fields = (config.sparse_block, config.sparse_newest, config.sparse_first, config.sparse_random)
-            self.sparse = SparsePattern(*fields, config.sparse_seed)
-        self.kind, self.context_parallel = config.attention, config.context_parallel
-        self.softcap = config.attention_softcap
+            sparse = SparsePattern(*fields, config.sparse_seed)
+        self.rules = Rules(
+            config.attention,
+            window=config.window if kind == "local" else 0,
+            softcap=config.attention_softcap,
+            causal=config.kind != "encoder",
+            alibi=config.positions == "alibi",
+            sparse=sparse,
+        )
+        self.context_parallel = config.context_parallel
         self.dropout_rate = config.attention_dropout
-        self.causal = config.kind != "encoder"
 
     def __call__(
         self, x: jax.Array, inputs: LayerInputs, cached: Any = None, key: jax.Array | None = None
@@ -65,14 +69,16 @@ class SelfAttention(nnx.Module):
         """x [B, T, D] -> ([B, T, D], the cache with this call's keys and values written).
 
         Args:
-          cached: (keys, values) [B, G, S, K]; or, normalised, the memory of the layer, whose places and the tokens'
-            are `inputs.slots` then; or None.
+          cached: (keys, values) of `model.attention.cache`; or, normalised, the memory of the layer, whose places and
+            the tokens' are `inputs.slots` then; or None.
           key: [B] keys for dropout, or None.
         """
         place, slots, rotation = inputs.place, inputs.slots, inputs.rotation
+        if cached is None and slots is not None and slots.segments.shape[1] > x.shape[1]:
+            slots = None  # Of a memory that other layers have.
         q, k, v = together(x, self.query, self.key, self.value)  # [B, T, H, K], [B, T, G, K] twice
-        own = isinstance(cached, Hidden)
-        if own:
+        remembers = isinstance(cached, Hidden)
+        if remembers:
             earlier = together(cached.states, self.key, self.value)
             k, v = (jnp.concatenate(both, 1) for both in zip(earlier, (k, v), strict=True))
         if self.query_norm is not None:
@@ -87,51 +93,30 @@ class SelfAttention(nnx.Module):
         q, k, v = (constrain(a.swapaxes(1, 2), "batch", "activation_heads", "sequence", "head_dim") for a in (q, k, v))
         if self.query_norm is None:
             q, k, v = named(q, k, v)
-        keys = place if slots is None else slots
-        if own:
+        if remembers:
             keys = Place(*(a[:, -k.shape[2] :] for a in slots[:2]))
-        elif cached is not None:
-            cached = k, v = kv_cache.write(cached, k, v, place.positions)
+        else:
+            k, v, keys, cached = kv_cache.extend(cached, k, v, place, slots, self.rules.window)
         if rotation is not None and "keys" in rotation:
-            k = rotate(k.swapaxes(1, 2), rotation["keys"], self.rope_interleaved).swapaxes(1, 2)
-        out = attend(
-            q,
-            k,
-            v,
-            place,
-            keys,
-            kind=self.kind,
-            window=self.window,
-            softcap=self.softcap,
-            dropout_rate=self.dropout_rate,
-            key=key,
-            context_parallel=self.context_parallel,
-            causal=self.causal,
-            bias=inputs.bias,
-            alibi=self.alibi,
-            sinks=None if self.sinks is None else self.sinks.get_value(),
-            sparse=self.sparse,
-            own=own,
-        )
+            turn = rotation["keys"]  # of every slot
+            turn = turn if keys is slots else jax.tree.map(lambda a: _at(a, keys.positions), turn)
+            k = rotate(k.swapaxes(1, 2), turn, self.rope_interleaved).swapaxes(1, 2)
+        sinks = None if self.sinks is None else self.sinks.get_value()
+        rules = self.rules._replace(bias=inputs.bias, sinks=sinks, same=remembers or slots is None)
+        out = attend(q, k, v, place, keys, rules, self.dropout_rate, key, self.context_parallel)
         if self.prefix is not None:
-            sinks = None if self.sinks is None else self.sinks.get_value()
-            out = self.prefix(out, q, k, *self._seen(q.shape[1], place, keys, inputs.bias), sinks)
+            bias = alibi.bias(q.shape[1], place.positions, keys.positions) if rules.alibi else inputs.bias
+            out = self.prefix(out, q, k, seen(place, keys, rules), bias, sinks)
         return checkpoint_name(self.out(out.swapaxes(1, 2)), "out"), cached
-
-    def _seen(
-        self, heads: int, queries: Place, keys: Place, bias: jax.Array | None
-    ) -> tuple[jax.Array, jax.Array | None]:
-        """Which keys [B, T, S] the queries see, and what is added to their scores, [B or 1, H, T, S] or None."""
-        mask = visible(queries, keys, self.window, self.causal)
-        if self.sparse is not None:
-            mask &= sparse_mask(self.sparse, queries.positions, keys.positions)
-        if self.alibi:
-            bias = alibi.bias(heads, queries.positions, keys.positions)
-        return mask, bias
 
     def _normalized(self, norm: Norm, x: jax.Array) -> jax.Array:
         """x [B, T, H, K] normalised over K, or over H and K together."""
         return norm(x.reshape(*x.shape[:2], -1)).reshape(x.shape) if self.norm_whole else norm(x)
+
+
+def _at(a: jax.Array, positions: jax.Array) -> jax.Array:
+    """a [B, S, 1, K] at the positions [B, N], those that no key has at 0: [B, N, 1, K]."""
+    return jnp.take_along_axis(a, jnp.maximum(positions, 0)[:, :, None, None], axis=1)
 
 
 def named(q: jax.Array, k: jax.Array, v: jax.Array) -> tuple[jax.Array, ...]:

@@ -113,9 +113,8 @@ class TangledConnection(nnx.Module):
             pairs, new = self._others(streams, k, v, place, given)
         if pairs is not None and not self.stacked:
             k, v = (a + self._mean(b, pairs.place, seen) for a, b in ((k, pairs.keys), (v, pairs.values)))
-        if cached is not None:
-            cached = k, v = kv_cache.write(cached, k, v, place.positions)
-        mask = visible(place, place if slots is None else slots, 0)
+        k, v, keys, cached = kv_cache.extend(cached, k, v, place, slots)
+        mask = visible(place, keys, 0)
         if pairs is not None and self.stacked:
             k, v, mask = self._stack(k, v, mask, pairs, visible(seen, pairs.place, 0))
         out = self.of_text.out(plain_attention(q, k, v, mask).swapaxes(1, 2))

@@ -18,15 +18,14 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from model.attention.cache import Cache, empty_cache
+from model.attention.cache import Cache
 from model.attention.cross_attention import Source
 from model.config import ModelConfig
-from model.encoder_decoder import EncoderDecoder, decoder_config
+from model.encoder_decoder import EncoderDecoder
+from model.generate.prefill import NOTHING_SEEN, Sight, advance, prefill, prefill_decoder
 from model.generate.sampling import Sampling, draw
-from model.place import Place
 from model.stack import unstack
 from model.transformer import Transformer
-from model.vision.images import Images
 from model.weights import Weights, bind, rounded
 from tpu.errors import UserError
 
@@ -50,17 +49,6 @@ class Rows(NamedTuple):
 Drawn = tuple[Rows, jax.Array, jax.Array]  # rows, tokens [B, C] int32, log-probabilities [B, C] float32
 
 
-class Sight(NamedTuple):
-    """What the prompts show: their images, and with model.rope_sections where their tokens are turned to."""
-
-    images: Images | None = None
-    positions: jax.Array | None = None  # [B, T, 3] int32
-    shift: jax.Array | None = None  # [B] int32, what follows is turned to its place in the text plus this
-
-
-NOTHING_SEEN = Sight()
-
-
 class Decoder(NamedTuple):
     """The compiled functions of one model.
 
@@ -76,62 +64,86 @@ class Decoder(NamedTuple):
 
     start: Callable[..., Drawn]
     decode: Callable[..., Drawn]
+    reads_prompts: bool  # whether prompts take slots of the cache; an encoder-decoder's do not
 
 
-def prefill(
-    model: Transformer,
+def draw_next(rows: Rows, logits: jax.Array, sampling: Sampling, ends: jax.Array) -> Drawn:
+    """Draws the token that follows the newest of each row from its logits [B, V]: C = 1, without that dimension.
+
+    A row ends with any of the tokens `ends` [N] int32.
+    """
+    positions = jnp.where(rows.finished, rows.positions, rows.positions + 1)
+    keys = jax.vmap(jax.random.fold_in)(rows.keys, positions)
+    tokens = draw(logits[:, : rows.seen.shape[1]], rows.seen, sampling, keys)
+    chosen = jnp.take_along_axis(logits, tokens[:, None], axis=-1)[:, 0]
+    logprobs = chosen - jax.nn.logsumexp(logits, axis=-1)
+    drawn = jnp.where(rows.finished, NO_TOKEN, tokens)
+    # An ended row goes on reading its last token at its last position.
+    tokens = jnp.where(rows.finished, rows.tokens, tokens)
+    rows = rows._replace(
+        tokens=tokens,
+        positions=positions,
+        finished=rows.finished | jnp.isin(tokens, ends) | (positions + 1 >= rows.limits),
+        seen=rows.seen.at[jnp.arange(len(tokens)), tokens].set(True),
+    )
+    return rows, drawn, logprobs
+
+
+def begin(
+    model: Transformer | EncoderDecoder,
     config: ModelConfig,
     tokens: jax.Array,
     lengths: jax.Array,
+    keys: jax.Array,
+    max_tokens: jax.Array,
     slots: int,
+    vocab_size: int,
+    end_of_document: int,
     sight: Sight = NOTHING_SEEN,
-) -> tuple[Cache, jax.Array, Source | None]:
-    """Reads right-padded prompts, tokens [B, T] of lengths [B].
-
-    Returns a cache of `slots`, the last tokens' logits [B, V], and where images are that the next tokens look at.
-    """
-    positions = jnp.broadcast_to(jnp.arange(tokens.shape[1], dtype=jnp.int32), tokens.shape)
-    # Padding lies in slots of segment 0, which no token sees and which the generated tokens overwrite.
-    place = Place((positions < lengths[:, None]).astype(jnp.int32), positions)
-    cache, images = empty_cache(config, tokens.shape[0], slots), sight.images
-    hidden, cache = model(tokens, place, cache, images=images, positions=sight.positions)  # [B, T, D]
-    last = jnp.take_along_axis(hidden, (lengths - 1)[:, None, None], axis=1)[:, 0]  # [B, D]
-    source = None
-    if images is not None and config.fusion != "merge":
-        vectors = config.vision.vectors_of(*images.pixels.shape[2:4])
-        images, ones = images.of_token(lengths - 1), jnp.ones_like(lengths)[:, None]
-        source = images.looked_at(Source(None, model.vision.places(images, vectors)), Place(ones, ones))
-    return cache, model.head(last), source
-
-
-def prefill_decoder(
-    model: EncoderDecoder, config: ModelConfig, tokens: jax.Array, lengths: jax.Array, slots: int, start_token: int
-) -> tuple[Cache, jax.Array, Source]:
-    """As `prefill` for an encoder-decoder: the encoder reads the prompts, the decoder `start_token`, at position 0."""
-    positions = jnp.broadcast_to(jnp.arange(tokens.shape[1], dtype=jnp.int32), tokens.shape)
-    source = model.encode(tokens, (positions < lengths[:, None]).astype(jnp.int32))
-    cache = empty_cache(decoder_config(config), tokens.shape[0], slots)
-    cache, logits = advance(model, cache, jnp.full_like(lengths, start_token), jnp.zeros_like(lengths), source)
-    return cache, logits, source._replace(hidden=None)
+) -> tuple[Rows, jax.Array]:
+    """Rows whose prompts have been read, and the logits [B, V] of their first tokens; arguments as `Decoder.start`."""
+    b, t = tokens.shape
+    if config.kind == "decoder":
+        cache, logits, source = prefill(model, config, tokens, lengths, slots, sight)
+    else:
+        start_token = end_of_document if config.start_token < 0 else config.start_token
+        cache, logits, source = prefill_decoder(model, config, tokens, lengths, slots, start_token)
+        lengths = jnp.ones_like(lengths)  # The output alone counts from here on.
+    in_prompt = (jnp.arange(t)[None] < lengths[:, None]) & (config.kind == "decoder")  # [B, T]
+    seen = jnp.zeros((b, vocab_size), bool).at[jnp.arange(b)[:, None], tokens].max(in_prompt)
+    rows = Rows(
+        cache=cache,
+        tokens=jnp.full((b,), end_of_document, jnp.int32),
+        positions=lengths - 1,
+        limits=lengths + max_tokens,
+        finished=jnp.zeros((b,), bool),
+        # The token that opens the prompt's document is no part of its text: repeating it would not be penalised.
+        seen=seen.at[:, end_of_document].set(False),
+        keys=keys,
+        source=source,
+        shift=sight.shift,
+    )
+    return rows, logits
 
 
-def advance(
-    model: Transformer | EncoderDecoder,
-    cache: Cache,
-    tokens: jax.Array,
-    positions: jax.Array,
-    source: Source | None = None,
-    shift: jax.Array | None = None,
-) -> tuple[Cache, jax.Array]:
-    """Reads one token [B] per row at positions [B]: the cache with it, the logits [B, V] of what follows it.
+def draw_chunk(
+    model: Transformer | EncoderDecoder, rows: Rows, sampling: Sampling, chunk: int, ends: jax.Array
+) -> Drawn:
+    """Draws up to `chunk` tokens of each row, until all have ended."""
 
-    source, shift: as in `Rows`.
-    """
-    place = Place(jnp.ones_like(positions)[:, None], positions[:, None])
-    read = {} if source is None else {"source": source}
-    read |= {} if shift is None else {"positions": (positions + shift)[:, None]}
-    hidden, cache = model(tokens[:, None], place, cache, **read)  # [B, 1, D]
-    return cache, model.head(hidden[:, 0])
+    def unfinished(carry: tuple) -> jax.Array:
+        index, (rows, _, _) = carry
+        return (index < chunk) & ~rows.finished.all()
+
+    def one_token(carry: tuple) -> tuple:
+        index, (rows, tokens, logprobs) = carry
+        cache, logits = advance(model, rows.cache, rows.tokens, rows.positions, rows.source, rows.shift)
+        rows, drawn, logprob = draw_next(rows._replace(cache=cache), logits, sampling, ends)
+        return index + 1, (rows, tokens.at[:, index].set(drawn), logprobs.at[:, index].set(logprob))
+
+    b = len(rows.tokens)
+    nothing = jnp.full((b, chunk), NO_TOKEN, jnp.int32), jnp.zeros((b, chunk), jnp.float32)
+    return jax.lax.while_loop(unfinished, one_token, (jnp.int32(0), (rows, *nothing)))[1]
 
 
 def make_decoder(
@@ -147,25 +159,7 @@ def make_decoder(
             f"model.kind={config.kind!r}, model.fusion={config.fusion!r}: generates no text; valid: decoder, "
             "encoder_decoder, and any fusion but contrastive"
         )
-    start_token = end_of_document if config.start_token < 0 else config.start_token
     ending = jnp.array(sorted({end_of_document, *ends}), jnp.int32)
-
-    def draw_next(rows: Rows, logits: jax.Array, sampling: Sampling) -> Drawn:
-        positions = jnp.where(rows.finished, rows.positions, rows.positions + 1)
-        keys = jax.vmap(jax.random.fold_in)(rows.keys, positions)
-        tokens = draw(logits[:, :vocab_size], rows.seen, sampling, keys)
-        chosen = jnp.take_along_axis(logits, tokens[:, None], axis=-1)[:, 0]
-        logprobs = chosen - jax.nn.logsumexp(logits, axis=-1)
-        drawn = jnp.where(rows.finished, NO_TOKEN, tokens)
-        # An ended row goes on reading its last token at its last position.
-        tokens = jnp.where(rows.finished, rows.tokens, tokens)
-        rows = rows._replace(
-            tokens=tokens,
-            positions=positions,
-            finished=rows.finished | jnp.isin(tokens, ending) | (positions + 1 >= rows.limits),
-            seen=rows.seen.at[jnp.arange(len(tokens)), tokens].set(True),
-        )
-        return rows, drawn, logprobs
 
     def start(
         weights: Weights,
@@ -178,50 +172,17 @@ def make_decoder(
         sight: Sight = NOTHING_SEEN,
     ) -> Drawn:
         model = bind(graphdef, weights)
-        b, t = tokens.shape
-        if config.kind == "decoder":
-            cache, logits, source = prefill(model, config, tokens, lengths, slots, sight)
-        else:
-            cache, logits, source = prefill_decoder(model, config, tokens, lengths, slots, start_token)
-        if config.kind == "encoder_decoder":  # The output alone counts from here on.
-            lengths = jnp.ones_like(lengths)
-        in_prompt = (jnp.arange(t)[None] < lengths[:, None]) & (config.kind == "decoder")  # [B, T]
-        seen = jnp.zeros((b, vocab_size), bool).at[jnp.arange(b)[:, None], tokens].max(in_prompt)
-        rows = Rows(
-            cache=cache,
-            tokens=jnp.full((b,), end_of_document, jnp.int32),
-            positions=lengths - 1,
-            limits=lengths + max_tokens,
-            finished=jnp.zeros((b,), bool),
-            # The token that opens the prompt's document is no part of its text: repeating it would not be penalised.
-            seen=seen.at[:, end_of_document].set(False),
-            keys=keys,
-            source=source,
-            shift=sight.shift,
-        )
-        rows, drawn, logprobs = draw_next(rows, logits, sampling)
+        given = tokens, lengths, keys, max_tokens, slots, vocab_size, end_of_document, sight
+        rows, drawn, logprobs = draw_next(*begin(model, config, *given), sampling, ending)
         return rows, drawn[:, None], logprobs[:, None]
 
     def decode(weights: Weights, rows: Rows, sampling: Sampling, chunk: int) -> Drawn:
-        model = bind(graphdef, weights)
-        b = len(rows.tokens)
-
-        def unfinished(carry: tuple) -> jax.Array:
-            index, (rows, _, _) = carry
-            return (index < chunk) & ~rows.finished.all()
-
-        def one_token(carry: tuple) -> tuple:
-            index, (rows, tokens, logprobs) = carry
-            cache, logits = advance(model, rows.cache, rows.tokens, rows.positions, rows.source, rows.shift)
-            rows, drawn, logprob = draw_next(rows._replace(cache=cache), logits, sampling)
-            return index + 1, (rows, tokens.at[:, index].set(drawn), logprobs.at[:, index].set(logprob))
-
-        nothing = jnp.full((b, chunk), NO_TOKEN, jnp.int32), jnp.zeros((b, chunk), jnp.float32)
-        return jax.lax.while_loop(unfinished, one_token, (jnp.int32(0), (rows, *nothing)))[1]
+        return draw_chunk(bind(graphdef, weights), rows, sampling, chunk, ending)
 
     return Decoder(
         start=jax.jit(start, static_argnames="slots"),
         decode=jax.jit(decode, static_argnames="chunk", donate_argnames="rows"),
+        reads_prompts=config.kind == "decoder",
     )
 
 

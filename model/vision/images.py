@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -35,14 +36,10 @@ class Images(NamedTuple):
         """Where tokens at `place` stand among the images: at the last one that they have seen."""
         return Place(place.segments, self.seen - 1)
 
-    def of_token(self, number: jax.Array) -> Images:
-        """The same for the token `number` [B] of each row alone."""
-        number = number[:, None]
-        visible = self.visible
-        return self._replace(
-            seen=jnp.take_along_axis(self.seen, number, axis=1),
-            visible=None if visible is None else jnp.take_along_axis(visible, number[..., None], axis=1),
-        )
+    def of_tokens(self, part: Callable[[jax.Array], jax.Array]) -> Images:
+        """The same for some tokens, those that `part` takes of arrays [B, T, ...]."""
+        visible = None if self.visible is None else part(self.visible)
+        return self._replace(slots=part(self.slots), seen=part(self.seen), given=part(self.given), visible=visible)
 
     def looked_at(self, source: Source, place: Place) -> Source:
         """The images' vectors as tokens at `place` see them: by `visible`, or by where they stand among the images."""

@@ -118,6 +118,13 @@ def test_the_cache_gives_what_the_full_forward_gives(fields, loop):
         h, cache = advance(cache, source, t)
         np.testing.assert_allclose(h, whole[:, t], atol=2e-5)
         source = source._replace(hidden=None)  # From here on keys and values come from the cache.
+    cache = jax.tree.map(jnp.zeros_like, cache)._replace(slots=empty_cache(decoder_config(config), 2, 12).slots)
+    source = model.encode(inputs, segments)
+    for first, last in ((0, 4), (4, 9), (9, 10)):  # in parts of several tokens
+        place = Place(jnp.ones((2, last - first), jnp.int32), steps[:, first:last])
+        part = source if first == 0 else source._replace(hidden=None)
+        h, cache = model(tokens[:, first:last], place, cache, source=part)
+        np.testing.assert_allclose(h, whole[:, first:last], atol=2e-5)
 
 
 def test_padding_of_the_source_is_not_seen():

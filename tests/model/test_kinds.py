@@ -25,7 +25,7 @@ from hypothesis import strategies as st
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel
 
 from model import kinds
-from model.attention.attend import attend
+from model.attention.attend import Rules, attend
 from model.attention.block_sparse_attention import SparsePattern, block_sparse_attention, chosen_blocks, sparse_mask
 from model.attention.linear_attention import linear_attention
 from model.config import ModelConfig
@@ -89,7 +89,7 @@ def test_chunked_equals_plain(heads, kv_heads, tokens, before, documents, fields
 
     def run(q, k, v, sinks=None, *, kind):
         own = queries if before else place
-        return attend(q * 8**-0.5, k, v, own, place, kind=kind, own=True, sinks=sinks, **fields)
+        return attend(q * 8**-0.5, k, v, own, place, Rules(kind, sinks=sinks, same=True, **fields))
 
     found, wanted = (
         value_and_gradients(functools.partial(run, kind=kind), queries.segments > 0, *inputs)
@@ -106,7 +106,7 @@ def test_a_sink_is_a_key_without_a_value():
     scores = np.where(visible(place, place, 0), np.einsum("bhtk,bhsk->bts", q, k), -np.inf)
     weights = np.exp(scores) / (np.exp(scores).sum(-1, keepdims=True) + np.exp(0.7))
     for kind in ("plain", "chunked"):
-        out = attend(q, k, v, place, place, kind=kind, sinks=sinks)
+        out = attend(q, k, v, place, place, Rules(kind, sinks=sinks, same=True))
         np.testing.assert_allclose(out[:, 0], np.einsum("bts,bsk->btk", weights, v[:, 0]), atol=1e-5)
 
 
@@ -125,7 +125,7 @@ def test_the_tpu_kernel_takes_sinks(monkeypatch):
     inputs = arrays(rng, (2, 2, 256, 16), (2, 1, 256, 16), (2, 1, 256, 16), (2,))
 
     def run(q, k, v, sinks, kind):
-        return attend(q * 0.25, k, v, place, place, kind=kind, sinks=sinks)
+        return attend(q * 0.25, k, v, place, place, Rules(kind, sinks=sinks, same=True))
 
     found, wanted = (
         value_and_gradients(functools.partial(run, kind=kind), place.segments > 0, *inputs)
@@ -155,7 +155,7 @@ def test_block_sparse_equals_plain(pattern, documents, padding, extras):
     fields = {"alibi": True, "softcap": 3.0} if extras else {}
 
     def run(q, k, v, sinks, kind):
-        return attend(q * 8**-0.5, k, v, place, place, kind=kind, sparse=pattern, sinks=sinks, **fields)
+        return attend(q * 8**-0.5, k, v, place, place, Rules(kind, sparse=pattern, sinks=sinks, same=True, **fields))
 
     found, wanted = (
         value_and_gradients(functools.partial(run, kind=kind), place.segments > 0, *inputs)

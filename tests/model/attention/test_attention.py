@@ -15,7 +15,7 @@ import pytest
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel
 
 from model.attention import chunked_attention
-from model.attention.attend import attend
+from model.attention.attend import Rules, attend
 from model.attention.cudnn_attention import cudnn_attention
 from model.dropout import row_keys
 from model.place import Place
@@ -52,7 +52,7 @@ def value_and_gradients(q, k, v, place, real, kind, window, softcap):
     """The output, zero at padding, and the gradients of a mixture of it for q, k and v."""
 
     def mixed(q, k, v):
-        out = attend(q, k, v, place, place, kind=kind, window=window, softcap=softcap)
+        out = attend(q, k, v, place, place, Rules(kind, window, softcap, same=True))
         out = out.astype(jnp.float32) * real[:, None, :, None]
         return jnp.sum(out * jnp.cos(jnp.arange(out.size, dtype=jnp.float32)).reshape(out.shape)), out
 
@@ -85,8 +85,8 @@ def test_chunked_equals_plain_in_bfloat16():
 def test_a_long_row():
     """More than 1,024 tokens make blocks of another size."""
     q, k, v, place, real = inputs(1, 1, 1100, 2)
-    forward = jax.jit(attend, static_argnames=("kind", "window"))
-    chunked, plain = (forward(q, k, v, place, place, kind=kind, window=300) for kind in ("chunked", "plain"))
+    forward = jax.jit(lambda kind: attend(q, k, v, place, place, Rules(kind, window=300, same=True)), static_argnums=0)
+    chunked, plain = (forward(kind) for kind in ("chunked", "plain"))
     np.testing.assert_allclose((chunked - plain) * real[:, None, :, None], 0, atol=1e-5)
 
 
@@ -103,7 +103,7 @@ def test_blocks_in_turn(monkeypatch):
 def test_dropout_reaches_the_weights_of_either_kind():
     """The mean over many keys is the result without; one key alone differs from it."""
     q, k, v, place, _ = inputs(2, 2, 12, 1)
-    drop = functools.partial(attend, q, k, v, place, place, kind="chunked", dropout_rate=0.3)
+    drop = functools.partial(attend, q, k, v, place, place, Rules("chunked", same=True), dropout_rate=0.3)
     whole = drop(key=None)
     many = jax.jit(jax.vmap(lambda key: drop(key=row_keys(key, 2))))(jax.random.split(jax.random.key(0), 4000))
     assert np.abs(many[0] - whole).max() > 0.1
@@ -141,7 +141,7 @@ def test_the_tpu_kernel_equals_the_plain_form(monkeypatch, window, softcap, kv_h
     place = Place(segments.astype(np.int32), (np.arange(256) - first).astype(np.int32))
 
     def value(q, k, v, kind):
-        out = attend(q, k, v, place, place, kind=kind, window=window, softcap=softcap)
+        out = attend(q, k, v, place, place, Rules(kind, window, softcap, same=True))
         return jnp.sum(jnp.sin(out)), out
 
     found, wanted = (

@@ -203,3 +203,12 @@ def test_memory_is_newest_last_and_of_its_length():
         memory = remember(slots, layers, 3)
     assert memory.place.positions.tolist() == [[4, 5, 6, 7, 8]]
     assert memory.layers["layer_0"].states[0, :, :, 0].tolist() == [[2, 2, 3, 3, 3]] * 2
+
+
+def test_layers_without_a_memory_see_their_row_beside_those_that_have_one():
+    """A pattern of "knn" and other layers, of which the former alone remember: with nothing in it, as without."""
+    config, graphdef, weights = model_of(pattern=("knn", "global"), knn_memory=6)
+    tokens, place = tokens_and_place([[9, 3], [12]], 12)
+    found, memory = forward(graphdef, weights, tokens, place, empty_memory(config, 2))
+    np.testing.assert_allclose(found, forward(graphdef, weights, tokens, place)[0], atol=1e-5)
+    assert np.asarray(memory.layers["layer_0"].keys).any()

@@ -24,6 +24,7 @@ from model.attention.cache import empty_cache
 from model.attention.cross_attention import CrossAttention, Source
 from model.attention.ring_attention import zigzag
 from model.config import ModelConfig, VisionConfig
+from model.generate.prefill import Sight, advance, prefill
 from model.place import Place, visible
 from model.positions import alibi
 from model.transformer import Transformer
@@ -255,6 +256,22 @@ def generated(model: Model, prompts: list[str], answers: int) -> None:
 @every_case
 def test_generation_with_a_cache_is_a_pass_over_all(name):
     generated(case(name), ["tItt", "IIttatt"], 4)
+
+
+@pytest.mark.parametrize("name", ["merge", "merge-prefix", "cross", "cross-last", "co", "tangled"])
+def test_prompts_with_images_read_in_parts_are_those_read_at_once(name):
+    config, weights = case(name)[:2]
+    model = bind(kinds.build(config)[0], weights)
+    tokens, place, images = laid_out(config, [["tItIt"], ["IItttt"]])
+    lengths = place.segments.sum(1)
+
+    def read(chunk: int) -> Any:
+        cache, logits, source = prefill(model, config, tokens, lengths, TOKENS, Sight(images), chunk)
+        return logits, advance(model, cache, np.array([3, 4], np.int32), lengths, source)[1]
+
+    found, wanted = jax.jit(lambda: (read(5), read(TOKENS)))()
+    for x, y in zip(found, wanted, strict=True):
+        close(x, y)
 
 
 @st.composite

@@ -23,14 +23,13 @@ from model.config import ModelConfig
 from model.generate.decode import (
     NO_TOKEN,
     Decoder,
-    advance,
     decoding_weights,
     make_decoder,
     pad_prompts,
-    prefill,
     row_keys,
     slots_for,
 )
+from model.generate.prefill import advance, prefill
 from model.generate.sampling import Sampling
 from model.kinds import build
 from model.place import Place

@@ -22,7 +22,8 @@ from model import kinds
 from model.adapters.prefix import Prefix
 from model.attention.attend import plain_attention
 from model.config import ModelConfig
-from model.generate.decode import advance, decoding_weights, prefill
+from model.generate.decode import decoding_weights
+from model.generate.prefill import advance, prefill
 from model.place import Place
 from model.weights import bind
 from tpu import host
