@@ -271,25 +271,19 @@ def measure(task: Task, name: str, run: pathlib.Path) -> tuple[float, str, float
 
 def exact(trained: Any, batches: list[Any]) -> float:
     """The share of held-out targets that greedy generation gives exactly."""
-    import jax.numpy as jnp
     import numpy as np
 
-    from model.generate import decode
-    from model.generate.sampling import Sampling
+    from model.generate.decode import decoding_weights, make_decoder
+    from model.generate.generate import generate
 
     config, end = trained.experiment.model, trained.tokenizer.end_of_document
-    decoder = decode.make_decoder(config, trained.graphdef, trained.tokenizer.vocab_size, end)
-    weights = decode.decoding_weights(config, trained.weights)
+    decoder = make_decoder(config, trained.graphdef, trained.tokenizer.vocab_size, end)
+    weights = decoding_weights(config, trained.weights)
     right = total = 0
     for batch in batches:
-        rows, new = batch.targets.shape
-        sampling = Sampling(*(jnp.full((rows,), value) for value in (1.0, 0.0, 0, 1.0, 0.0)))
-        lengths, keys = batch.input_segments.sum(1), decode.row_keys([0] * rows, range(rows))
-        state, first, _ = decoder.start(
-            weights, batch.inputs, lengths, sampling, keys, jnp.full((rows,), new), slots=decode.slots_for(new, new + 1)
-        )
-        _, rest, _ = decoder.decode(weights, state, sampling, chunk=new - 1)
-        written, there = np.concatenate([first, rest], 1), batch.loss_weights > 0
+        lengths = batch.input_segments.sum(1)
+        written = np.asarray(generate(decoder, weights, batch.inputs, lengths, batch.targets.shape[1]).tokens)
+        there = batch.loss_weights > 0
         right += int(((written == batch.targets) | ~there).all(1)[there.any(1)].sum())
         total += int(there.any(1).sum())
     return right / total

@@ -71,8 +71,10 @@ def complete(
     """
     import numpy as np
 
-    from model.generate.decode import NO_TOKEN, Sight, pad_prompts, row_keys, slots_for
+    from model.generate.decode import NO_TOKEN, pad_prompts, row_keys, slots_for
+    from model.generate.prefill import Sight
     from model.generate.sampling import Sampling
+    from model.generate.slots import end
     from train.evaluate import answers
 
     for request in requests:
@@ -107,4 +109,4 @@ def complete(
         finished = np.array([completion.finish_reason is not None for completion in completions])
         if finished.all():
             return completions
-        rows, drawn, logprobs = decoder.decode(weights, rows._replace(finished=finished), sampling, chunk)
+        rows, drawn, logprobs = decoder.decode(weights, end(rows, finished), sampling, chunk)

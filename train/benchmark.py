@@ -140,8 +140,8 @@ def decode_figures(
     import numpy as np
 
     from model import kinds
-    from model.generate.decode import decoding_weights, make_decoder, pad_prompts, row_keys, slots_for
-    from model.generate.sampling import Sampling
+    from model.generate.decode import decoding_weights, make_decoder, pad_prompts
+    from model.generate.generate import generate
 
     config = experiment.model
     config.check_context(prompt_length + new_tokens, "prompt_tokens + new_tokens")
@@ -152,17 +152,10 @@ def decode_figures(
     decoder = make_decoder(config, graphdef, config.vocab_size, end_of_document=config.vocab_size)
     drawn = np.random.default_rng(0).integers(0, config.vocab_size, (rows, prompt_length))
     tokens, lengths = pad_prompts(drawn.tolist(), None)
-    greedy = Sampling(*(np.full(rows, value, np.float32) for value in (1, 0, 0, 1, 0)))
-    keys = row_keys(range(rows), range(rows))
-    limits = np.full(rows, new_tokens, np.int32)
-    slots = slots_for(tokens.shape[1], prompt_length + new_tokens)
     seconds = []
     for _ in range(repeats + 1):
         before = time.perf_counter()
-        state, _, _ = decoder.start(weights, tokens, lengths, greedy, keys, limits, slots)
-        if new_tokens > 1:
-            _, last, _ = decoder.decode(weights, state, greedy, new_tokens - 1)
-            jax.block_until_ready(last)
+        jax.block_until_ready(generate(decoder, weights, tokens, lengths, new_tokens))
         seconds.append(time.perf_counter() - before)
     return {
         "rows": rows,

@@ -12,8 +12,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from model.config import ModelConfig
-from model.generate.decode import NOTHING_SEEN, Sight, decoding_weights, make_decoder, row_keys, slots_for
-from model.generate.sampling import Sampling
+from model.generate.decode import decoding_weights, make_decoder
+from model.generate.generate import generate
+from model.generate.prefill import NOTHING_SEEN, Sight
 from model.kinds import build
 from model.place import Place
 from model.transformer import Transformer
@@ -127,20 +128,10 @@ def greedy(
     tokens = inputs["input_ids"]
     lengths = prompt_lengths(inputs, options)
     config.check_context(int(lengths.max()) + new_tokens, "inputs: tokens with those to generate")
-    rows, width = tokens.shape
     prompts = moved(tokens, lengths, 0)
     decoder = make_decoder(config, build(config)[0], config.vocab_size, -1)
-    plain = {"repetition_penalty": 1.0, "temperature": 0.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0}
-    sampling = Sampling(
-        **{f: np.full(rows, value, np.int32 if f == "top_k" else np.float32) for f, value in plain.items()}
-    )
-    prepared = decoding_weights(config, weights)
-    limits, keys = np.full(rows, new_tokens, np.int32), row_keys([0] * rows, [0] * rows)
-    slots = slots_for(width, int(lengths.max()) + new_tokens)
-    state, first, _ = decoder.start(prepared, prompts, lengths, sampling, keys, limits, slots, sight)
-    new = np.asarray(first)
-    if new_tokens > 1:
-        new = np.concatenate([new, np.asarray(decoder.decode(prepared, state, sampling, new_tokens - 1)[1])], axis=1)
+    found = generate(decoder, decoding_weights(config, weights), prompts, lengths, new_tokens, sight=sight)
+    new = np.asarray(found.tokens)
     return np.concatenate([tokens, ended(new, options)], axis=1).astype(np.int64)
 
 

@@ -19,7 +19,7 @@ from model.families.options import GATED_ACTIVATIONS, choice, filled, get, only,
 from model.families.rope_options import read_rope, write_rope
 from model.families.towers import IDLE, images, read_clip, write_tower
 from model.families.vit import flag, named, pixels
-from model.generate.decode import Sight
+from model.generate.prefill import Sight
 from model.kinds import build
 from model.vision.images import Images
 from model.weights import Weights, bind

@@ -18,7 +18,7 @@ from model.families.causal import INPUTS, described, integers, moved, places, pr
 from model.families.mapping import Peer
 from model.families.options import filled, get
 from model.families.vit import pixels
-from model.generate.decode import Sight
+from model.generate.prefill import Sight
 from model.kinds import build
 from model.vision.images import Images
 from model.weights import Weights, bind

@@ -26,7 +26,7 @@ from model.families.options import choice, filled, get, only, word
 from model.families.rope_options import read_parameters, write_parameters
 from model.families.towers import TOWER_ACTIVATIONS
 from model.families.vit import named
-from model.generate.decode import Sight
+from model.generate.prefill import Sight
 from model.kinds import build
 from model.positions.sections import shift, turns
 from model.vision.images import Images

@@ -12,8 +12,8 @@ from model.config import ModelConfig
 from model.families.causal import IGNORED, ended, integers
 from model.families.mapping import Family, Peer
 from model.families.options import choice, get, only, word
-from model.generate.decode import decoding_weights, make_decoder, row_keys, slots_for
-from model.generate.sampling import Sampling
+from model.generate.decode import decoding_weights, make_decoder
+from model.generate.generate import generate
 from model.kinds import build
 from model.place import Place
 from model.weights import Weights, bind
@@ -174,20 +174,10 @@ def greedy(
     lengths = mask.sum(1).astype(np.int32)
     if (np.diff(mask.astype(int), axis=1) > 0).any() or not lengths.all():
         raise UserError("inputs: attention_mask: new_tokens needs all padding on the right")
-    rows = len(tokens)
     decoder = make_decoder(config, build(config)[0], config.vocab_size, -1)
-    plain = {"repetition_penalty": 1.0, "temperature": 0.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0}
-    sampling = Sampling(
-        **{f: np.full(rows, value, np.int32 if f == "top_k" else np.float32) for f, value in plain.items()}
-    )
-    prepared = decoding_weights(config, weights)
-    limits, keys = np.full(rows, new_tokens, np.int32), row_keys([0] * rows, [0] * rows)
-    state, first, _ = decoder.start(prepared, tokens, lengths, sampling, keys, limits, slots_for(1, 1 + new_tokens))
-    new = np.asarray(first)
-    if new_tokens > 1:
-        new = np.concatenate([new, np.asarray(decoder.decode(prepared, state, sampling, new_tokens - 1)[1])], axis=1)
-    start = np.full((rows, 1), config.start_token)
-    return np.concatenate([start, ended(new, options)], axis=1).astype(np.int64)
+    found = generate(decoder, decoding_weights(config, weights), tokens, lengths, new_tokens)
+    start = np.full((len(tokens), 1), config.start_token)
+    return np.concatenate([start, ended(np.asarray(found.tokens), options)], axis=1).astype(np.int64)
 
 
 FAMILIES = tuple(

@@ -12,6 +12,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 # A temperature below this is taken as this: logits then differ by a million times as much, and nothing overflows.
 LOWEST_TEMPERATURE = 1e-6
@@ -25,6 +26,20 @@ class Sampling(NamedTuple):
     top_k: jax.Array  # int32; 0: no limit
     top_p: jax.Array  # float32 in (0, 1]; 1: no limit
     min_p: jax.Array  # float32 in [0, 1); 0: no limit
+
+
+def sampling_of(
+    rows: int,
+    repetition_penalty: float = 1.0,
+    temperature: float = 1.0,
+    top_k: int = 0,
+    top_p: float = 1.0,
+    min_p: float = 0.0,
+) -> Sampling:
+    """The same for so many `rows`; temperature 0 takes the most probable token."""
+    given = (repetition_penalty, temperature, top_k, top_p, min_p)
+    types = (np.int32 if name == "top_k" else np.float32 for name in Sampling._fields)
+    return Sampling(*(np.full(rows, value, dtype) for value, dtype in zip(given, types, strict=True)))
 
 
 def penalized(logits: jax.Array, seen: jax.Array, penalty: jax.Array) -> jax.Array:

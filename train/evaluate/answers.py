@@ -11,8 +11,9 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 from model.config import ModelConfig
-from model.generate.decode import NO_TOKEN, Sight, decoding_weights, make_decoder, row_keys, slots_for
-from model.generate.sampling import Sampling
+from model.generate.decode import NO_TOKEN, decoding_weights, make_decoder
+from model.generate.generate import generate
+from model.generate.prefill import Sight
 from model.kinds import build
 from model.positions.sections import shift
 from model.vision.images import Images
@@ -24,8 +25,6 @@ from train.data.chat.template import Tokens, rope_positions, tokenize
 from train.data.images.look import Looked, look
 from train.data.made.made import answer
 from train.data.text.tokenizer import Tokenizer
-
-CHUNK = 16  # tokens between looks at what has ended
 
 
 def replier(
@@ -40,27 +39,17 @@ def replier(
     """
     decoder = make_decoder(config, build(config)[0], tokenizer.vocab_size, tokenizer.end_of_document, tokenizer.ends)
     prepared = decoding_weights(config, weights)
-    slots = slots_for(data.context, data.context + max_tokens)
-    greedy = {"repetition_penalty": 1.0, "temperature": 0.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0}
-    sampling = Sampling(
-        **{f: np.full(rows, value, np.int32 if f == "top_k" else np.float32) for f, value in greedy.items()}
-    )
 
     def ask(conversations: Sequence[Conversation]) -> list[str]:
         filled = [*conversations, *[conversations[0]] * (rows - len(conversations))]
         runs, sight = prompts(filled, tokenizer, data, config)
         lengths = np.array([len(run.ids) for run in runs], np.int32)
         tokens, sight = padded(runs, "ids", 0, data.context), sight(data.context)
-        keys, limits = row_keys([0] * rows, [0] * rows), np.full(rows, max_tokens, np.int32)
-        state, drawn, _ = decoder.start(prepared, tokens, lengths, sampling, keys, limits, slots, sight)
-        said = [np.asarray(drawn)]
-        while not np.asarray(state.finished).all():
-            state, drawn, _ = decoder.decode(prepared, state, sampling, CHUNK)
-            said.append(np.asarray(drawn))
+        found = generate(decoder, prepared, tokens, lengths, max_tokens, sight=sight)
         ended = (NO_TOKEN, *tokenizer.ends)
         return [
             tokenizer.decode([int(token) for token in row if token not in ended])
-            for row in np.concatenate(said, 1)[: len(conversations)]
+            for row in np.asarray(found.tokens)[: len(conversations)]
         ]
 
     def ask_all(conversations: Sequence[Conversation]) -> list[str]:
