@@ -18,7 +18,7 @@ from model.attention.memory import Hidden
 from model.config import ModelConfig
 from model.linear import Linear, parameter, together, zeros
 from model.norms import Norm
-from model.place import Place, visible
+from model.place import Place
 from model.positions import alibi
 from model.positions.rope import rotate
 from tpu.rules import constrain
