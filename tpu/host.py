@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import functools
 import os
 import pathlib
 import platform
@@ -104,8 +105,11 @@ def cache_dir() -> pathlib.Path:
     return pathlib.Path(folder)
 
 
+@functools.cache
 def measured_matmul_rate(dtype: str, size: int = 0, seconds: float = 0.5) -> float:
     """Floating-point operations per second of a square matrix product on one device, best of several.
+
+    Measured once a process.
 
     Args:
       dtype: of the operands; float32 is accumulated and returned.

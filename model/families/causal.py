@@ -90,7 +90,7 @@ def places(inputs: dict[str, Any]) -> tuple[Place, Place | None]:
     place = Place(segments, order)
     keys = None
     if "attention_mask" in inputs:  # Padding is not seen, but sees: what stands there counts where it has a label.
-        keys = Place((inputs["attention_mask"] != 0).astype(jnp.int32), order)
+        keys = Place(jnp.asarray(inputs["attention_mask"], bool).astype(jnp.int32), order)
     return place, keys
 
 

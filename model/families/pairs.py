@@ -102,8 +102,9 @@ def outputs(config: ModelConfig, weights: Weights, inputs: dict[str, Any]) -> di
         "vision_model_output.pooler_output": images,
     }
     # Not `model.logits`: transformers has no largest scale.
-    similarity = exact_matmul(found["text_embeds"], found["image_embeds"].T) * jnp.exp(model.logit_scale.get_value())
-    similarity = similarity if model.logit_bias is None else similarity + model.logit_bias.get_value()
+    similarity = exact_matmul(found["text_embeds"], found["image_embeds"].T)  # [B, B]
+    similarity = similarity * jnp.exp(model.logit_scale.get_value())[None]
+    similarity = similarity if model.logit_bias is None else similarity + model.logit_bias.get_value()[None]
     found |= {"logits_per_text": similarity, "logits_per_image": similarity.T}
     if "loss" in inputs:
         found["loss"] = (_sigmoid_loss if model.sigmoid else _softmax_loss)(similarity)

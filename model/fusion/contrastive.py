@@ -95,8 +95,8 @@ class Contrastive(nnx.Module):
         """Vectors of images [A, E] and of texts [B, E] -> how well they go together, [A, B] float32."""
         scale = jnp.exp(self.logit_scale.get_value())
         scale = scale if self.sigmoid else jnp.minimum(scale, LARGEST_SCALE)
-        similarity = exact_matmul(images, texts.T) * scale
-        return similarity if self.logit_bias is None else similarity + self.logit_bias.get_value()
+        similarity = exact_matmul(images, texts.T) * scale[None]
+        return similarity if self.logit_bias is None else similarity + self.logit_bias.get_value()[None]
 
 
 def unit(x: jax.Array) -> jax.Array:

@@ -117,8 +117,13 @@ def _gpt2(theirs: dict[str, np.ndarray]) -> tuple[ModelConfig, Any]:
 
 def logits(config: ModelConfig, weights: Any, tokens: np.ndarray) -> np.ndarray:
     place = Place(jnp.ones_like(tokens), jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape))
-    model = bind(kinds.build(config)[0], jax.tree.map(jnp.asarray, weights))
-    return np.asarray(model.head(model(jnp.asarray(tokens), place)[0]))
+    graph = kinds.build(config)[0]
+
+    def compute(weights: Any) -> jax.Array:
+        model = bind(graph, weights)
+        return model.head(model(jnp.asarray(tokens), place)[0])
+
+    return np.asarray(jax.jit(compute)(jax.tree.map(jnp.asarray, weights)))
 
 
 def close(found: np.ndarray, wanted: np.ndarray) -> None:
