@@ -45,9 +45,9 @@ FAULTS = {
         ATTENTION,
     ),
     "swapped_gate": Fault("together(x, self.gate, self.up)", "together(x, self.up, self.gate)", TRANSFORMER),
-    # Scores of attention whatever model.query_scalar is.
+    # Scores of self-attention grow with the size of heads.
     "wrong_scale": Fault(
-        "self.scale = (config.query_scalar or config.head_dim)", "self.scale = config.head_dim", TRANSFORMER
+        "start = config.head_dim**-0.5 / self.scale", "start = config.head_dim**-0.5; self.scale = 1.0", TRANSFORMER
     ),
     # Each device keeps the loss of its own rows.
     "unreduced_shard": Fault(
