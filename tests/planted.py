@@ -46,9 +46,7 @@ FAULTS = {
     ),
     "swapped_gate": Fault("together(x, self.gate, self.up)", "together(x, self.up, self.gate)", TRANSFORMER),
     # Scores of self-attention grow with the size of heads.
-    "wrong_scale": Fault(
-        "start = config.head_dim**-0.5 / self.scale", "start = config.head_dim**-0.5; self.scale = 1.0", TRANSFORMER
-    ),
+    "wrong_scale": Fault("q = q * self.scale", "q = q * 1.0", TRANSFORMER),
     # Each device keeps the loss of its own rows.
     "unreduced_shard": Fault(
         "return *jax.lax.psum((loss, nll), spread.axes), d_weights, d_hidden",
