@@ -11,7 +11,6 @@ are lines such as {"text": "...", "label": "good"}; train/data/text/labelled.py 
 from model.config import ModelConfig
 from tpu.errors import UserError
 from train.config import DataConfig, Experiment, ObjectiveConfig, OptimizerConfig, RunConfig
-from train.objectives.table import OBJECTIVES
 
 # vocab_size, layers, embed_dim, heads, context, batch, steps, learning rate, dropout
 SIZES = {
@@ -19,7 +18,15 @@ SIZES = {
     "base": (30_522, 12, 768, 12, 512, 256, 1_000_000, 1e-4, 0.1),
     "large": (30_522, 24, 1024, 16, 512, 256, 1_000_000, 1e-4, 0.1),
 }
-TASKS = [name for name, (kind, _) in OBJECTIVES.items() if kind == "encoder"]
+# objective.name and the model.head that it trains
+TASKS = {
+    "masked": "language",
+    "classification": "pooled",
+    "regression": "pooled",
+    "multi_label": "pooled",
+    "token_classification": "token",
+    "span": "token",
+}
 
 
 def get_config(argument: str = "tiny") -> Experiment:
@@ -31,7 +38,7 @@ def get_config(argument: str = "tiny") -> Experiment:
         raise UserError(f"configs/bert.py:{argument}: valid tasks: {', '.join(TASKS)}")
     vocab_size, layers, embed_dim, heads, context, batch_size, steps, learning_rate, dropout = SIZES[size]
     objective = task or "masked"
-    head = OBJECTIVES[objective][1]
+    head = TASKS[objective]
     return Experiment(
         name=f"bert_{size}",
         model=ModelConfig(

@@ -237,23 +237,24 @@ def measure(task: Task, name: str, run: pathlib.Path) -> tuple[float, str, float
     import numpy as np
 
     from train.data import pipeline
-    from train.data.corpus import load_corpus
-    from train.evaluate.held_out import held_out_figures
+    from train.evaluate.held_out import held_out_means
+    from train.objectives.table import OBJECTIVES
     from train.restore import open_checkpoint
 
     trained = open_checkpoint(run)
     experiment = trained.experiment
     data = experiment.data
-    corpus = load_corpus(data, tokenizer=trained.tokenizer, objective=name, model=experiment.model)
-    transform = pipeline.row_transform(experiment, corpus, held_out=True)
-    batches = list(pipeline.held_out_batches(corpus, data, data.batch_size, transform=transform))
+    objective = OBJECTIVES[name]
+    corpus = objective.corpus(experiment, trained.tokenizer)
+    batches = list(pipeline.held_out_batches(corpus, data, objective.layout(experiment), data.batch_size))
     if name == "sequence_to_sequence":
         return exact(trained, batches), *task.baseline([])
-    found = held_out_figures(trained.evaluate, trained.weights, batches, corpus, objective=name)[task.figure]
+    means = held_out_means(trained.evaluate, trained.weights, batches, {})
+    found = objective.figures(means, corpus)[task.figure]
     labels = [
         (target, row.tolist() if target.ndim else None)
         for batch in batches
-        for targets, weights in zip(batch.targets, batch.loss_weights, strict=True)
+        for targets, weights in zip(batch["targets"], batch["loss_weights"], strict=True)
         for target, row in zip(targets[weights > 0], targets[weights > 0], strict=True)
     ]
     if name in ("masked", "span_corruption"):
@@ -281,10 +282,10 @@ def exact(trained: Any, batches: list[Any]) -> float:
     weights = decoding_weights(config, trained.weights)
     right = total = 0
     for batch in batches:
-        lengths = batch.input_segments.sum(1)
-        written = np.asarray(generate(decoder, weights, batch.inputs, lengths, batch.targets.shape[1]).tokens)
-        there = batch.loss_weights > 0
-        right += int(((written == batch.targets) | ~there).all(1)[there.any(1)].sum())
+        lengths = batch["input_segments"].sum(1)
+        written = generate(decoder, weights, batch["inputs"], lengths, batch["targets"].shape[1]).tokens
+        there = batch["loss_weights"] > 0
+        right += int(((np.asarray(written) == batch["targets"]) | ~there).all(1)[there.any(1)].sum())
         total += int(there.any(1).sum())
     return right / total
 

@@ -134,13 +134,17 @@ def lines_of_a_step(root: pathlib.Path) -> dict[str, tuple[int, int]]:
     from train import benchmark
 
     try:
+        from train.program import make_program
+    except ImportError:  # a checkout from before this file, whose steps have frozen weights only where there are some
+        from train.step import make_program
+
+        frozen = ()
+    else:
+        frozen = ({},)
+    try:
         from train.resolve import resolve
     except ImportError:  # a checkout from before this file
         resolve = lambda experiment: experiment.resolved()  # noqa: E731
-    try:
-        from train.program import make_program
-    except ImportError:
-        from train.step import make_program
     figures: dict[str, tuple[int, int]] = {}
     seen: set[tuple[str, int]] = set()
     ours = tuple(f"{root / floor}{os.sep}" for floor in FLOORS)
@@ -166,8 +170,8 @@ def lines_of_a_step(root: pathlib.Path) -> dict[str, tuple[int, int]]:
     with jax.set_mesh(mesh := make_mesh(experiment.mesh, jax.devices()[:1])):
         program = counted("make the program", lambda: make_program(experiment, mesh))
         batch = counted("draw a batch", lambda: benchmark.drawn_batch(experiment))
-        counted("trace init", lambda: program.init.lower(jax.random.key(0)))
-        counted("trace the step", lambda: program.step.lower(program.abstract_state, batch))
+        counted("trace init", lambda: program.init.lower(jax.random.key(0), *frozen))
+        counted("trace the step", lambda: program.step.lower(program.abstract_state, batch, *frozen))
     return figures | {"all": (len(seen), len({file for file, _ in seen}))}
 
 

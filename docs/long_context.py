@@ -70,7 +70,7 @@ def experiment(context: int, method: str, steps: int, learning_rate: float) -> E
 
 def of_one_document(rows: Any) -> list[int]:
     """The rows that a single document fills."""
-    return [i for i in range(len(rows)) if (row := rows[i]).segments[-1] == 1 and row.loss_weights[-1]]
+    return [i for i in range(len(rows)) if (row := rows[i])["segments"][-1] == 1 and row["loss_weights"][-1]]
 
 
 def nll_by_position(found: Experiment, weights: Any, corpus: Any, limit: int = 12) -> np.ndarray:
@@ -87,9 +87,9 @@ def nll_by_position(found: Experiment, weights: Any, corpus: Any, limit: int = 1
     @jax.jit
     def nll(batch: Any) -> jax.Array:
         model = bind(graphdef, weights)
-        hidden, _ = model(batch.tokens[None], Place(batch.segments[None], batch.positions[None]))
+        hidden, _ = model(batch["tokens"][None], Place(batch["segments"][None], batch["positions"][None]))
         logits = jax.nn.log_softmax(model.head(hidden[0]))
-        return -jax.numpy.take_along_axis(logits, batch.targets[:, None], 1)[:, 0]
+        return -jax.numpy.take_along_axis(logits, batch["targets"][:, None], 1)[:, 0]
 
     rows = corpus.held_out[0]
     chosen = of_one_document(rows)[:limit]
@@ -101,15 +101,15 @@ def trained(found: Experiment, corpus: Any, weights: Any, mesh: Any) -> Any:
     import jax
 
     from train.data import pipeline
-    from train.step import make_program
+    from train.program import make_program
 
     program = make_program(found, mesh)
-    state = program.init(jax.random.key(0))
+    state = program.init(jax.random.key(0), {})
     if weights is not None:
         state = state._replace(weights=jax.tree.map(lambda w: w.copy(), weights))
     batches = pipeline.train_batches(corpus, found.data, 0)
     for _ in range(found.run.steps):
-        state, metrics = program.step(state, next(batches))
+        state, metrics = program.step(state, next(batches), {})
     batches.close()
     print(f"context {found.data.context}, {found.model.rope_scaling}: loss {float(metrics['loss']):.3f}", flush=True)
     return state.weights

@@ -81,6 +81,7 @@ def main() -> int:
     # Only now: loading jax and a checkpoint takes seconds.
     from model.generate.decode import decoding_weights, make_decoder
     from model.kinds import build
+    from train.objectives.table import objective_of
     from train.restore import open_checkpoint
 
     trained = open_checkpoint(pathlib.Path(options.checkpoint), "ema" if options.ema else "weights", options.base)
@@ -89,7 +90,7 @@ def main() -> int:
         # One row at a time, products wait for memory: bfloat16 gains nothing on CPU.
         dtype = "float32" if options.compute_dtype == "auto" else options.compute_dtype
         config = dataclasses.replace(config, compute_dtype=dtype)
-    talks = trained.experiment.objective.name == "conversation"
+    talks = objective_of(trained.experiment).talks
     if options.image and (config.fusion == "none" or not talks):
         raise UserError(f"image={options.image[0]}: the model of {step_dir} answers no questions about images")
     data, context = trained.experiment.data, trained.experiment.data.context

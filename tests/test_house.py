@@ -26,7 +26,6 @@ MAY_IMPORT = {
 CONFIGS_MAY_IMPORT = {
     "model.config",
     "train.config",
-    "train.objectives.table",
     "tpu.errors",
     "__future__",
     "dataclasses",

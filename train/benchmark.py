@@ -22,7 +22,7 @@ from train.resolve import on
 if TYPE_CHECKING:
     import numpy as np
 
-    from train.data.batch import Batch
+    from train.data.batch import Batch, Field
 
 WARM_UP_STEPS = 5  # On CPU the first steps still fault in the memory that later ones reuse.
 
@@ -72,24 +72,18 @@ def drawn_batch(experiment: Experiment) -> Batch:
     """A batch of random tokens and labels, in which nothing is padding; numpy arrays."""
     import numpy as np
 
-    from train.data.batch import Batch
-    from train.step import abstract_batch
+    from train.layout import layout_of
 
     rng = np.random.default_rng(0)
-    below = {"tokens": experiment.model.vocab_size, "inputs": experiment.model.vocab_size}
-    below["images"] = 256
-    below["targets"] = experiment.model.labels or experiment.model.vocab_size
 
-    def draw(name: str, leaf: Any) -> np.ndarray | None:
-        if leaf is None:
-            return None
-        if name in ("loss_weights", "segments", "input_segments", "image_segments"):
-            return np.ones(leaf.shape, leaf.dtype)
-        if name == "positions":
-            return np.broadcast_to(np.arange(leaf.shape[1], dtype=leaf.dtype), leaf.shape)
-        return rng.integers(0, below.get(name, 2), leaf.shape).astype(leaf.dtype)
+    def draw(field: Field) -> np.ndarray:
+        if field.random == "ones":
+            return np.ones(field.shape, field.dtype)
+        if field.random == "steps":
+            return np.broadcast_to(np.arange(field.shape[1], dtype=field.dtype), field.shape)
+        return rng.integers(0, field.random, field.shape).astype(field.dtype)
 
-    return Batch(**{name: draw(name, leaf) for name, leaf in abstract_batch(experiment)._asdict().items()})
+    return {name: draw(field) for name, field in layout_of(experiment).items()}
 
 
 def training_figures(experiment: Experiment, steps: int, started: float) -> dict[str, Any]:
@@ -99,7 +93,7 @@ def training_figures(experiment: Experiment, steps: int, started: float) -> dict
     from tpu.mesh import make_mesh
     from train.budget.flops import flops_per_token
     from train.budget.summary import parameter_counts
-    from train.step import make_program
+    from train.program import make_program
 
     rows, tokens = experiment.data.batch_size, experiment.data.context
     batch = drawn_batch(experiment)
@@ -107,10 +101,10 @@ def training_figures(experiment: Experiment, steps: int, started: float) -> dict
     seconds = []
     with jax.set_mesh(mesh):
         program = make_program(experiment, mesh)
-        state = program.init(jax.random.key(experiment.run.seed))
+        state = program.init(jax.random.key(experiment.run.seed), {})
         for _ in range(steps + WARM_UP_STEPS):
             before = time.perf_counter()
-            state, metrics = program.step(state, batch)
+            state, metrics = program.step(state, batch, {})
             jax.block_until_ready(metrics)
             seconds.append(time.perf_counter() - before)
             if len(seconds) == 1:

@@ -61,23 +61,12 @@ class DataConfig:
 class ObjectiveConfig:
     """What is to be predicted."""
 
-    name: str = "next_token"  # one of train.objectives.OBJECTIVES
+    name: str = "next_token"  # one of train.objectives.table.OBJECTIVES
     corruption: float = number(0.15, above=0, below=1, of=CORRUPTING)  # the share of tokens to predict
     # the mean length of what is cut out
     span_length: float = number(3.0, at_least=1, of={"objective.name": ("span_corruption",)})
     # the mask, or the first sentinel, the others below it; -1: model.vocab_size - 1
     special_token: int = given(-1, of=CORRUPTING)
-
-    def spans(self, context: int) -> tuple[int, int]:
-        """Of span_corruption: how many tokens of a row are cut out, and in how many spans."""
-        noise = min(max(round(context * self.corruption), 1), context - 1)
-        return noise, min(max(round(noise / self.span_length), 1), noise, context - noise)
-
-    def special_tokens(self, context: int) -> int:
-        """How many of the last ids of model.vocab_size must be no token of the tokenizer."""
-        if self.special_token >= 0:
-            return 0
-        return {"masked": 1, "span_corruption": self.spans(context)[1]}.get(self.name, 0)
 
 
 @dataclasses.dataclass

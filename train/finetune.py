@@ -24,7 +24,7 @@ from train.config import ADDED_FIELDS, DataConfig, Experiment
 from train.resolve import resolve
 
 if TYPE_CHECKING:
-    from train.adapter.frozen import Base
+    from train.adapter.frozen import Frozen
 
 if __name__ == "__main__":
     entry.define_config()
@@ -41,13 +41,13 @@ def main() -> int:
     if not options.dry_run:
         entry.need(workdir=options.workdir)
     from train import pretrain
-    from train.adapter.frozen import open_base
+    from train.adapter.frozen import open_frozen
 
-    base = open_base(options.checkpoint)
+    base = open_frozen(options.checkpoint)
     return pretrain.start(on_base(options.config, base), base)
 
 
-def on_base(experiment: Experiment, base: Base) -> Experiment:
+def on_base(experiment: Experiment, base: Frozen) -> Experiment:
     """The resolved experiment with the base's model, tokenizer and form of conversations; `experiment` is not resolved.
 
     Of the model it may set what changes no weights' meaning, such as dropout, and of the form all. Raises UserError for

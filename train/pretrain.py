@@ -24,7 +24,7 @@ from train import entry
 from train.config import Experiment
 
 if TYPE_CHECKING:
-    from train.adapter.frozen import Base
+    from train.adapter.frozen import Frozen
 
 if __name__ == "__main__":
     entry.define_config()
@@ -40,7 +40,7 @@ def main() -> int:
     return start(entry.experiment_from_flags())
 
 
-def start(experiment: Experiment, base: Base | None = None) -> int:
+def start(experiment: Experiment, base: Frozen | None = None) -> int:
     """Shows what the experiment amounts to (--dry_run), or trains it in --workdir; returns the exit status."""
     if entry.FLAGS.dry_run:
         entry.need_writable(json=entry.FLAGS.json)

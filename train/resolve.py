@@ -12,7 +12,7 @@ from train.adapter import checks as adapter_checks
 from train.config import ADDED_FIELDS, Experiment, OptimizerConfig, RunConfig
 from train.data import checks as data_checks
 from train.data.images import checks as image_checks
-from train.objectives import checks as objective_checks
+from train.objectives.table import objective_of
 from train.optimize import checks as optimizer_checks
 from train.tree import check_types
 
@@ -28,14 +28,16 @@ def resolve(experiment: Experiment) -> Experiment:
     model, data, run = experiment.model, experiment.data, experiment.run
     if field := ADDED_FIELDS.get(experiment.adapter.kind):
         setattr(model, field, getattr(experiment.adapter, field))
-    data.bpe_vocab_size = data.bpe_vocab_size or model.vocab_size - experiment.objective.special_tokens(data.context)
+    objective = objective_of(experiment)
+    data.bpe_vocab_size = data.bpe_vocab_size or model.vocab_size - objective.special_tokens(experiment)
     _fit_schedule(experiment.optimizer, run)
     if run.seed >= 2**32:
         raise UserError(f"run.seed={run.seed}: must be below 2^32; larger ones would repeat the draws of smaller ones")
     for name in copies.keys() - {"model"}:
         check_effects(getattr(experiment, name), name, experiment)
-    for checks in (data_checks, image_checks, optimizer_checks, adapter_checks, mesh_checks, objective_checks):
+    for checks in (data_checks, image_checks, optimizer_checks, adapter_checks, mesh_checks):
         checks.check(experiment)
+    objective.check(experiment)
     return experiment
 
 

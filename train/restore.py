@@ -17,11 +17,12 @@ from tpu import host
 from tpu.errors import UserError
 from tpu.mesh import make_mesh
 from train.adapter import weights as adapter_weights
-from train.adapter.frozen import base_of
+from train.adapter.frozen import adapted_role, find_frozen, load_frozen, references
 from train.checkpoint import checkpoint
 from train.config import AdapterConfig, Experiment, MeshConfig
 from train.data.text import tokenizer as tokenizers
-from train.step import make_program
+from train.program import make_program
+from train.state import Frozen, Told
 from train.tree import from_dict
 
 
@@ -34,8 +35,9 @@ class Trained:
     tokenizer: tokenizers.Tokenizer
     graphdef: nnx.GraphDef
     weights: Weights
-    evaluate: Callable[..., dict[str, Any]]  # sums over one batch, see train.step
-    empty_memory: Callable[[], Any]
+    evaluate: Callable[..., Told]  # sums over one batch, see train.program
+    first_carried: Callable[[], Any]
+    frozen: Callable[[], Frozen]  # reads what the objective evaluates with besides: a reference, a teacher
     mesh: Mesh
 
 
@@ -57,9 +59,11 @@ def open_checkpoint(
     experiment = from_dict(Experiment, meta["experiment"])
     if field == "ema" and not experiment.optimizer.ema_decay:
         raise UserError(f"checkpoint={step_dir}: was trained without a moving average (optimizer.ema_decay=0)")
-    below = base_of(meta, step_dir, base) if "base" in meta else None
-    if base and not below:
+    known, adapted = references(meta, experiment), experiment.adapter.kind != "none"
+    if base and not adapted:
         raise UserError(f"base={base}: checkpoint {step_dir} is no adapter, and has no base; leave it out")
+    role = adapted_role(experiment)
+    below = find_frozen(known[role], step_dir, base) if adapted else None
     backend = host.start_backend()
     model = dataclasses.replace(experiment.model, **model_overrides)
     # An evaluation batch need not divide the mesh that trained it.
@@ -70,9 +74,14 @@ def open_checkpoint(
     program = make_program(experiment, mesh)
     weights = checkpoint.load_weights(step_dir, getattr(program.abstract_state, field), field)
     if below:
-        frozen = checkpoint.load_weights(below.step_dir, program.abstract_base)
-        weights = jax.jit(functools.partial(adapter_weights.merged, experiment.adapter))(frozen, weights)
+        unchanged = checkpoint.load_weights(below.step_dir, program.abstract_frozen[role])
+        weights = jax.jit(functools.partial(adapter_weights.merged, experiment.adapter))(unchanged, weights)
         program = make_program(dataclasses.replace(experiment, adapter=AdapterConfig()), mesh)
+
+    def frozen() -> Frozen:
+        found = {name: find_frozen(known[name], step_dir) for name in program.abstract_frozen}
+        return load_frozen(found, program.abstract_frozen)
+
     return Trained(
         step_dir=step_dir,
         experiment=experiment,
@@ -80,6 +89,7 @@ def open_checkpoint(
         graphdef=program.graphdef,
         weights=weights,
         evaluate=program.evaluate,
-        empty_memory=program.empty_memory,
+        first_carried=program.first_carried,
+        frozen=frozen,
         mesh=mesh,
     )

@@ -6,7 +6,7 @@ from __future__ import annotations
 import json
 import pathlib
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -17,7 +17,7 @@ from tpu.errors import UserError
 from tpu.mesh import make_mesh
 from tpu.watchdog import Watchdog
 from train import loop
-from train.adapter.frozen import Base
+from train.adapter.frozen import Frozen, adapted_role, frozen_roles, load_frozen, references
 from train.budget.flops import flops_per_token
 from train.budget.summary import held, parameter_counts
 from train.checkpoint import checkpoint
@@ -25,21 +25,25 @@ from train.checkpoint.checkpoint import Checkpointer
 from train.config import Experiment, RunConfig
 from train.data import pipeline
 from train.data.batch import Batch
-from train.data.corpus import Corpus, load_corpus, log_left_out
+from train.data.corpus import Corpus, log_left_out
 from train.data.text import tokenizer
 from train.data.text.tokenizer import Tokenizer
-from train.evaluate.held_out import held_out_figures
+from train.evaluate.held_out import held_out_means
+from train.layout import batch_layout, layout_of
 from train.metrics import ConsoleProgress, MetricsWriter
+from train.objectives.objective import Objective
+from train.objectives.table import objective_of
+from train.program import Program, make_program
 from train.resolve import on
 from train.signals import Stop
 from train.starting_weights import taken_over, tokenizer_of
-from train.state import TrainState
-from train.step import Program, abstract_batch, batch_layout, make_program
+from train.state import Frozen as FrozenWeights
+from train.state import Metrics, TrainState
 from train.tree import to_dict
 from train.workdir import Workdir, versions
 
 
-def pretrain(experiment: Experiment, workdir: Workdir, stop: Stop, base: Base | None = None) -> int:
+def pretrain(experiment: Experiment, workdir: Workdir, stop: Stop, base: Frozen | None = None) -> int:
     """Trains until `run.steps`, a signal or divergence; returns the exit status. `base` is what an adapter is trained
     on; its weights stay as they are, and are not saved."""
     workdir.check_experiment(experiment)
@@ -48,21 +52,20 @@ def pretrain(experiment: Experiment, workdir: Workdir, stop: Stop, base: Base | 
     placed = on(experiment, len(jax.devices()), backend, host.fast_dtype(backend))
     model = placed.model
     mesh = make_mesh(placed.mesh)
-    layout = batch_layout(placed, mesh)
-    rows = distributed.rows_here(layout.tokens, abstract_batch(placed).tokens.shape)
+    layout, fields, objective = batch_layout(placed, mesh), layout_of(placed), objective_of(placed)
+    first = next(iter(fields))
+    rows = distributed.rows_here(layout[first], fields[first].shape)
 
     def assembled(batches: Iterable[Batch]) -> Iterator[Batch]:
         return (distributed.assemble(batch, layout, rows, data.batch_size) for batch in batches)
 
     watchdog, flops = Watchdog(settings.watchdog_seconds), flops_per_token(placed)
     with jax.set_mesh(mesh):
-        program = make_program(placed, mesh)
-        if base:
-            program = program.over(checkpoint.load_weights(base.step_dir, program.abstract_base))
+        program, opened = make_program(placed, mesh), frozen_roles(experiment, base)
+        frozen = load_frozen(opened, program.abstract_frozen)
         checkpointer = Checkpointer(workdir.path / "checkpoints", settings)
-        state, first_step, corpus = begin(experiment, program, workdir.path, checkpointer, mesh, base)
-        special = experiment.objective.special_tokens(data.context)
-        tokenizer.check_vocabulary(corpus.tokenizer, model.vocab_size, special)
+        state, first_step, corpus = begin(experiment, program, workdir.path, checkpointer, mesh, opened, frozen)
+        tokenizer.check_vocabulary(corpus.tokenizer, model.vocab_size, objective.special_tokens(experiment))
         for change in workdir.write_experiment(experiment):
             print(f"changed since this workdir was last used: {change}")
         if first_step >= settings.steps:
@@ -73,27 +76,29 @@ def pretrain(experiment: Experiment, workdir: Workdir, stop: Stop, base: Base | 
             print(f"attention: {kind}; {why}")
 
         def held_out() -> Iterator[Batch]:
-            transform = pipeline.row_transform(experiment, corpus, held_out=True)
             limit = settings.eval_batches
-            return assembled(pipeline.held_out_batches(corpus, data, data.batch_size, limit, rows, transform))
+            return assembled(pipeline.held_out_batches(corpus, data, fields, data.batch_size, limit, rows))
 
         run = loop.Run(
             settings=settings,
             checkpointer=checkpointer,
-            meta=_meta(experiment, corpus, base),
+            meta=_meta(experiment, corpus, opened),
             rates=_rates(placed, program, flops),
             writer=MetricsWriter(workdir.path, first_step, settings.tensorboard) if distributed.leads() else None,
             console=ConsoleProgress(settings.steps, first_step, settings.log_every),
             stop=stop,
             watchdog=watchdog,
         )
-        evaluate = _evaluation(program, held_out, corpus, run, experiment.objective.name)
-        transform = pipeline.row_transform(experiment, corpus)
-        batches = pipeline.train_batches(corpus, data, settings.seed, first_step, rows, transform)
+        evaluate = _evaluation(program, frozen, held_out, corpus, run, objective)
+        batches = pipeline.train_batches(corpus, data, settings.seed, first_step, rows)
+
+        def step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
+            return program.step(state, batch, frozen)
+
         with watchdog:  # Of what comes after an error, too: it may wait for another process.
             try:
                 batch = pipeline.stream(assembled(batches))
-                outcome = loop.train(run, state, first_step, program.step, batch, evaluate)
+                outcome = loop.train(run, state, first_step, step, batch, evaluate)
             finally:
                 run.console.close()
                 if run.writer:
@@ -110,7 +115,8 @@ def begin(
     path: pathlib.Path,
     checkpointer: Checkpointer,
     mesh: Mesh,
-    base: Base | None = None,
+    opened: Mapping[str, Frozen],
+    frozen: FrozenWeights,
 ) -> tuple[TrainState, int, Corpus]:
     """The state that a run in the workdir `path` begins with, the steps it has taken, and the corpus.
 
@@ -123,21 +129,22 @@ def begin(
         step_dir = pathlib.Path(imported)
         print(f"starting from the weights imported to {path}")
         corpus = _load_corpus(experiment, tokenizer.from_dict(checkpoint.read_meta(step_dir)["tokenizer"]))
-        return program.init(key, checkpoint.load_weights(step_dir, program.abstract_state.weights)), 0, corpus
+        weights = checkpoint.load_weights(step_dir, program.abstract_state.weights)
+        return program.init(key, frozen, weights), 0, corpus
     if restored := checkpointer.restore(program.abstract_state):
         state, saved_meta, first_step = restored
-        if base:
-            base.check(saved_meta, path)
+        for name, wanted in references(saved_meta, experiment).items():
+            opened[name].check(wanted, path)
         print(f"resuming from step {first_step} in {path}")
         corpus = _load_corpus(experiment, tokenizer.from_dict(saved_meta["tokenizer"]))
         for line in other_data(saved_meta, experiment, corpus):
             print(line)
         return state, first_step, corpus
-    start = experiment.run.start
+    start, base = experiment.run.start, opened.get(adapted_role(experiment))
     corpus = _load_corpus(experiment, base.tokenizer if base else tokenizer_of(start))
-    state = program.init(key)
+    state = program.init(key, frozen)
     if start:
-        state = program.init(key, taken_over(state.weights, start, mesh, experiment.model.vision))
+        state = program.init(key, frozen, taken_over(state.weights, start, mesh, experiment.model.vision))
     return state, 0, corpus
 
 
@@ -162,22 +169,22 @@ def _load_corpus(experiment: Experiment, saved: Tokenizer | None = None) -> Corp
 
     Raises UserError where the sources of two hosts differ.
     """
-    data, asked = experiment.data, {"objective": experiment.objective.name, "model": experiment.model}
+    load_corpus = objective_of(experiment).corpus
     loaded: list[Corpus] = []
 
     def load_first() -> dict[str, Any]:
-        loaded.append(load_corpus(data, tokenizer=saved, **asked))
+        loaded.append(load_corpus(experiment, saved))
         return {"tokenizer": loaded[0].tokenizer.to_dict(), "report": loaded[0].report}
 
     first = distributed.decide(load_first)
-    corpus = loaded[0] if loaded else load_corpus(data, tokenizer=tokenizer.from_dict(first["tokenizer"]), **asked)
+    corpus = loaded[0] if loaded else load_corpus(experiment, tokenizer.from_dict(first["tokenizer"]))
     same = json.dumps(corpus.report) == json.dumps(first["report"])
     if unlike := [process for process, found in enumerate(distributed.gather(same)) if not found]:
         raise UserError(f"data.sources: process {unlike[0]} finds other documents there than process 0")
     return corpus
 
 
-def _meta(experiment: Experiment, corpus: Corpus, base: Base | None) -> Callable[[int], dict[str, Any]]:
+def _meta(experiment: Experiment, corpus: Corpus, opened: Mapping[str, Frozen]) -> Callable[[int], dict[str, Any]]:
     """What a checkpoint holds beside the state, by its step."""
     return lambda step: {
         "experiment": to_dict(experiment),
@@ -185,12 +192,17 @@ def _meta(experiment: Experiment, corpus: Corpus, base: Base | None) -> Callable
         "tokenizer": corpus.tokenizer.to_dict(),
         "data_position": step,
         "corpus": corpus.report,
-        **({"base": base.reference()} if base else {}),
+        **({"frozen": {name: found.reference() for name, found in opened.items()}} if opened else {}),
     }
 
 
 def _evaluation(
-    program: Program, batches: Callable[[], Iterable[Batch]], corpus: Corpus, run: loop.Run, objective: str
+    program: Program,
+    frozen: FrozenWeights,
+    batches: Callable[[], Iterable[Batch]],
+    corpus: Corpus,
+    run: loop.Run,
+    objective: Objective,
 ) -> Callable[[TrainState], dict[str, float] | None]:
     """The held-out figures of a state, and, by names with "ema_" before them, of its moving average; None where a
     signal cut them short, and of a corpus that holds nothing out."""
@@ -202,12 +214,12 @@ def _evaluation(
         for prefix, weights in (("", state.weights), ("ema_", state.ema)):
             if weights is None:
                 continue
-            found = held_out_figures(
-                program.evaluate, weights, batches(), corpus, run.stop, run.watchdog, objective, program.empty_memory()
+            means = held_out_means(
+                program.evaluate, weights, batches(), frozen, program.first_carried(), run.stop, run.watchdog
             )
-            if found is None:
+            if means is None:
                 return None
-            figures |= {prefix + name: value for name, value in found.items()}
+            figures |= {prefix + name: value for name, value in objective.figures(means, corpus).items()}
         log_left_out(corpus.held_out)
         return figures
 
@@ -219,7 +231,7 @@ def _rates(experiment: Experiment, program: Program, flops: int) -> loop.Rates:
     model, data = experiment.model, experiment.data
     peak = host.measured_matmul_rate(model.compute_dtype) if distributed.leads() else 0.0
     counts, stays = parameter_counts(program.abstract_state.weights), parameter_counts(held(experiment).frozen)["total"]
-    beside = f" on {stays:,} frozen ones" if program.abstract_base else ""
+    beside = f" on {stays:,} frozen ones" if program.abstract_frozen else ""
     if stays and not beside:
         beside = f", {stays:,} of them frozen"
     devices = jax.devices()

@@ -7,15 +7,14 @@ import time
 from collections.abc import Iterator
 
 import jax
-import numpy as np
 import pytest
 from jax.experimental.compilation_cache import compilation_cache
 
 from model.config import ModelConfig
 from train.config import DataConfig, Experiment
-from train.data.batch import Batch
+from train.layout import abstract_batch
+from train.program import make_program
 from train.resolve import resolve
-from train.step import make_program
 
 
 @pytest.fixture
@@ -41,12 +40,10 @@ def test_48_layers_compile_about_as_fast_as_6(one_device, as_users_compile):
             )
         )
         experiment.model = experiment.model.placed("cpu", "float32")
-        dtypes = (np.int32, np.int32, np.float32, np.int32, np.int32)
-        batch = Batch(*(jax.ShapeDtypeStruct((2, 64), dtype) for dtype in dtypes))
         with jax.set_mesh(one_device):
             start = time.process_time()
             program = make_program(experiment, one_device)
-            program.step.lower(program.abstract_state, batch).compile()
+            program.step.lower(program.abstract_state, abstract_batch(experiment), {}).compile()
             return time.process_time() - start
 
     seconds(2)  # what only the first compilation costs

@@ -30,8 +30,9 @@ from tests.peers.archives import unpacked
 from tests.peers.test_cases import error, one_of_each
 from train.config import DataConfig, Experiment, ObjectiveConfig
 from train.data.batch import Batch
+from train.objectives.bound import Bound
+from train.objectives.table import OBJECTIVES
 from train.resolve import resolve
-from train.step import loss_sums
 
 CASES = sorted(path.parent for path in unpacked(Path(__file__).parent / "cases").glob("*/case.npz"))
 LABELS = ("labels", "next_sentence_label", "start_positions", "end_positions")
@@ -71,9 +72,11 @@ class Case:
         """How far `outputs(model)` and the gradient of the training loss of `batch` are from the record."""
 
         def loss(weights: Any) -> tuple[jax.Array, Any]:
-            model = bind(self.graphdef, weights)
-            sums = loss_sums(model, self.axes, batch, self.experiment, None)
-            return sums.trained / batch.loss_weights.sum() + sums.by_row / len(batch.tokens), outputs(model)
+            model, objective = bind(self.graphdef, weights), OBJECTIVES[self.experiment.objective.name]
+            bound = {"model": Bound(model, self.axes, self.model)}
+            sums = objective.sums(bound, batch, self.experiment, None, None)
+            of_batch = objective.weights(batch)
+            return sum(total / of_batch[name] for name, total in sums.trained.items()), outputs(model)
 
         (value, found), gradient = jax.device_get(jax.jit(jax.value_and_grad(loss, has_aux=True))(self.weights))
         logits = {name: array for name, array in self.arrays.items() if name.endswith("logits")}
@@ -143,7 +146,8 @@ def bert_batch(case: Case) -> Batch:
         targets = targets[..., 0].astype(np.int32) if name == "classification" else targets
     following = a["next_sentence_label"][:, None] if "next_sentence_label" in a else None
     steps = np.broadcast_to(np.arange(T, dtype=np.int32), ids.shape)
-    return Batch(ids, targets, weights, a["attention_mask"], steps, a["token_type_ids"], following)
+    found = Batch(tokens=ids, targets=targets, loss_weights=weights, segments=a["attention_mask"], positions=steps)
+    return found | {"token_types": a["token_type_ids"]} | ({} if following is None else {"next_sentence": following})
 
 
 def t5_batch(arrays: dict[str, np.ndarray]) -> Batch:

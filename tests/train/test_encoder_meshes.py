@@ -18,13 +18,14 @@ from tpu.errors import UserError
 from tpu.mesh import make_mesh
 from train.config import DataConfig, Experiment, MeshConfig, ObjectiveConfig, OptimizerConfig
 from train.data.batch import Batch
-from train.data.text.labelled import load
 from train.data.text.masking import Masking
 from train.data.text.packing import PackedRows
 from train.data.text.span_corruption import SpanCorruption
 from train.data.text.tokenizer import ByteTokenizer
+from train.objectives.span_corruption import spans
+from train.objectives.table import OBJECTIVES
+from train.program import make_program
 from train.resolve import resolve
-from train.step import make_program
 
 ROWS, TOKENS, VOCAB = 16, 32, 20
 BERT = {"kind": "encoder", "positions": "learned", "max_positions": TOKENS, "norm_order": "post", "token_types": 2}
@@ -67,18 +68,18 @@ def batch_of(experiment: Experiment) -> Batch:
     rows = PackedRows(stream, TOKENS, 0, keep_last=True)
     name = experiment.objective.name
     if name == "span_corruption":
-        change = SpanCorruption(0, *experiment.objective.spans(TOKENS), VOCAB - 1, 0, 0)
+        change = SpanCorruption(0, *spans(experiment), VOCAB - 1, 0, 0)
     else:
         change = Masking(0, 0.3, VOCAB - 1, 15, 0, (rows,) if experiment.model.next_sentence else ())
     batch = [change(i, rows[i]) for i in range(ROWS)]
-    batch = Batch(*(None if arrays[0] is None else np.stack(arrays) for arrays in zip(*batch, strict=True)))
+    batch = {field: np.stack([row[field] for row in batch]) for field in batch[0]}
     first = np.zeros((ROWS, TOKENS), np.float32)
     first[:, 0] = rng.integers(1, 4, ROWS)
     if name == "classification":
-        return batch._replace(targets=rng.integers(0, 3, (ROWS, TOKENS)).astype(np.int32), loss_weights=first)
+        return batch | {"targets": rng.integers(0, 3, (ROWS, TOKENS)).astype(np.int32), "loss_weights": first}
     if name == "span":
         marks = np.eye(TOKENS, dtype=np.float32)[rng.integers(0, TOKENS, (ROWS, 2))].swapaxes(1, 2)
-        return batch._replace(targets=marks, loss_weights=marks.mean(-1))
+        return batch | {"targets": marks, "loss_weights": marks.mean(-1)}
     return batch
 
 
@@ -86,9 +87,9 @@ def one_step(experiment: Experiment, mesh: jax.sharding.Mesh) -> tuple[Any, dict
     batch = batch_of(experiment)
     with jax.set_mesh(mesh):
         program = make_program(experiment, mesh)
-        state, metrics = program.step(program.init(jax.random.key(0)), batch)
+        state, metrics = program.step(program.init(jax.random.key(0), {}), batch, {})
         gradient = jax.tree.map(np.asarray, optax.tree.get(state.optimizer_state, "trace"))
-        figures = program.evaluate(state.weights, batch)
+        figures = {f"held-out {name}": value for name, value in program.evaluate(state.weights, batch, {}).sums.items()}
     return gradient, {name: float(value) for name, value in (metrics | figures).items()}
 
 
@@ -118,44 +119,48 @@ def test_a_mesh_that_a_kind_does_not_have_is_refused(case, mesh):
 def rows_of(tmp_path, objective: str, lines: list[str], labels: int = 3, **fields) -> Any:
     path = tmp_path / "records.jsonl"
     path.write_text("\n".join(lines))
-    data = DataConfig(sources=(str(path),), tokenizer="bytes", context=16, holdout=0.0, **fields)
-    return load(data, objective, labels, ByteTokenizer())
+    given = Experiment(
+        model=ModelConfig(vocab_size=257, labels=labels),
+        data=DataConfig(sources=(str(path),), tokenizer="bytes", context=16, holdout=0.0, **fields),
+        objective=ObjectiveConfig(name=objective),
+    )
+    return OBJECTIVES[objective].corpus(given, ByteTokenizer())
 
 
 def test_a_records_label_is_put_where_the_loss_looks(tmp_path):
     found = rows_of(tmp_path, "classification", ['{"text": "good", "label": "b"}', '{"text": "bad", "label": "a"}'])
     assert found.labels == ("a", "b")
     row = found.train[0][0]
-    assert row.tokens.tolist() == [256, *b"good"] + [0] * 11
-    assert (row.targets[0], row.loss_weights.tolist()) == (1, [1.0] + [0.0] * 15)
-    assert row.segments.tolist() == [1] * 5 + [0] * 11
+    assert row["tokens"].tolist() == [256, *b"good"] + [0] * 11
+    assert (row["targets"][0], row["loss_weights"].tolist()) == (1, [1.0] + [0.0] * 15)
+    assert row["segments"].tolist() == [1] * 5 + [0] * 11
 
 
 def test_spans_are_found_by_characters_and_second_texts_have_their_type(tmp_path):
     line = '{"text": "aé cd ef", "question": "q?", "label": [3, 5]}'
     row = rows_of(tmp_path, "span", [line], pair_field="question").train[0][0]
-    assert bytes(row.tokens[1:10].tolist()).decode() == "aé cd ef"
-    assert np.argwhere(row.targets).tolist() == [[5, 0], [6, 1]]  # é is two bytes
-    assert row.loss_weights[[5, 6]].tolist() == [0.5, 0.5]
-    assert row.tokens[10:13].tolist() == [256, *b"q?"]
-    assert row.token_types.tolist() == [0] * 10 + [1] * 3 + [0] * 3
+    assert bytes(row["tokens"][1:10].tolist()).decode() == "aé cd ef"
+    assert np.argwhere(row["targets"]).tolist() == [[5, 0], [6, 1]]  # é is two bytes
+    assert row["loss_weights"][[5, 6]].tolist() == [0.5, 0.5]
+    assert row["tokens"][10:13].tolist() == [256, *b"q?"]
+    assert row["token_types"].tolist() == [0] * 10 + [1] * 3 + [0] * 3
     names = rows_of(tmp_path, "token_classification", ['{"text": "to Rome now", "label": [[3, 7, "place"]]}'])
     assert names.labels == ("", "place")
-    assert names.train[0][0].targets.tolist() == [0] * 4 + [1] * 4 + [0] * 8
+    assert names.train[0][0]["targets"].tolist() == [0] * 4 + [1] * 4 + [0] * 8
 
 
 def test_an_answer_that_is_cut_off_weighs_nothing_and_is_counted(tmp_path):
     found = rows_of(tmp_path, "span", ['{"text": "0123456789abcdefgh", "label": [12, 17]}'])
-    assert found.train[0][0].loss_weights.sum() == 0
-    assert found.reports[0]["passed_over"] == {"cut_records": 1, "cut_answers": 1}
+    assert found.train[0][0]["loss_weights"].sum() == 0
+    assert found.report["sources"][0]["passed_over"] == {"cut_records": 1, "cut_answers": 1}
 
 
 def test_targets_are_shifted_by_one(tmp_path):
     row = rows_of(tmp_path, "sequence_to_sequence", ['{"text": "in", "label": "out"}'], target_context=6).train[0][0]
-    assert row.inputs.tolist()[:3] == [256, *b"in"]
-    assert row.targets.tolist() == [*b"out", 256, 0, 0]
-    assert row.tokens.tolist() == [256, *b"out", 0, 0]
-    assert row.loss_weights.tolist() == [1, 1, 1, 1, 0, 0]
+    assert row["inputs"].tolist()[:3] == [256, *b"in"]
+    assert row["targets"].tolist() == [*b"out", 256, 0, 0]
+    assert row["tokens"].tolist() == [256, *b"out", 0, 0]
+    assert row["loss_weights"].tolist() == [1, 1, 1, 1, 0, 0]
 
 
 @pytest.mark.parametrize(

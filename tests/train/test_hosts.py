@@ -22,7 +22,7 @@ import pytest
 from tpu.launch import gang
 from train.checkpoint import checkpoint
 from train.config import Experiment
-from train.step import make_program
+from train.program import make_program
 from train.tree import to_dict
 from train.workdir import Workdir
 
@@ -42,12 +42,13 @@ def get_config():
 COMMAND = """
     import os, pathlib, runpy, signal, sys, time
     from tpu import host
-    from train.data import corpus, pipeline
+    from train.data import pipeline
+    from train.objectives.table import OBJECTIVES
 
     kind, process, step = os.environ.get("ACCIDENT", "none 0 0").split()
     here = process == os.environ.get("FOURSIGHT_PROCESS", "0")
     marker = pathlib.Path(os.environ["MARKER"])
-    original, load = pipeline.train_batches, corpus.load_corpus
+    original, objective = pipeline.train_batches, OBJECTIVES["next_token"]
 
     def train_batches(corpus, data, seed, start_step, *more):
         for number, batch in enumerate(original(corpus, data, seed, start_step, *more), start_step + 1):
@@ -65,14 +66,14 @@ COMMAND = """
                 time.sleep(0.1)  # jax looks for signals once a second
             yield batch
 
-    def load_other(data, **options):
-        loaded = load(data, **options)
-        loaded.report["sources"][0]["digest"] = "another"
-        return loaded
+    def load_other(experiment, tokenizer):
+        corpus = objective.corpus(experiment, tokenizer)
+        corpus.report["sources"][0]["digest"] = "another"
+        return corpus
 
     pipeline.train_batches = train_batches
     if here and kind == "other":
-        corpus.load_corpus = load_other
+        OBJECTIVES["next_token"] = objective._replace(corpus=load_other)
     host.measured_matmul_rate = lambda dtype: 0.0
     runpy.run_module("train.pretrain", run_name="__main__", alter_sys=True)
 """

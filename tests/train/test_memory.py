@@ -21,11 +21,11 @@ from tpu.errors import UserError
 from tpu.mesh import make_mesh
 from train.config import DataConfig, Experiment, MeshConfig, OptimizerConfig
 from train.data import pipeline
-from train.data.batch import Batch
+from train.data.batch import Batch, text_layout
 from train.data.corpus import load_corpus
+from train.program import Program, make_program
 from train.resolve import resolve
 from train.state import TrainState
-from train.step import Program, make_program
 
 ROWS, TOKENS, PLACES, SYMBOLS = 32, 20, 8, 8
 QUERY = 1 + PLACES * SYMBOLS  # after 0 and a token for every symbol at every place
@@ -47,7 +47,7 @@ def document(rng: np.random.Generator) -> list[Batch]:
         tokens[:, asked], targets[:, asked], weights[:, asked] = QUERY + np.arange(PLACES), ANSWER + symbols, 1.0
     segments = np.ones_like(tokens)
     positions = np.broadcast_to(np.arange(3 * TOKENS, dtype=np.int32), tokens.shape)
-    whole = Batch(tokens, targets, weights, segments, positions)
+    whole = Batch(tokens=tokens, targets=targets, loss_weights=weights, segments=segments, positions=positions)
     return [jax.tree.map(lambda a: a[:, row * TOKENS : (row + 1) * TOKENS], whole) for row in range(3)]
 
 
@@ -74,26 +74,27 @@ def accuracy_of_the_copy(program: Program, weights: Any, documents: int = 3, for
     @jax.jit
     def likeliest(batch: Batch, memory: Any) -> tuple[jax.Array, Any]:
         model = bind(program.graphdef, weights)
-        hidden, memory = model(batch.tokens, Place(batch.segments, batch.positions), memory)
+        hidden, memory = model(batch["tokens"], Place(batch["segments"], batch["positions"]), memory)
         return model.head(hidden).argmax(-1), memory
 
     right, rng = [], np.random.default_rng(99)
     for _ in range(documents):
-        memory = program.empty_memory()
+        memory = program.first_carried()
         for batch in document(rng):
-            tokens, memory = likeliest(batch, program.empty_memory() if forget else memory)
-        right.append(np.asarray(tokens == batch.targets)[batch.loss_weights > 0])
+            tokens, memory = likeliest(batch, program.first_carried() if forget else memory)
+        right.append(np.asarray(tokens == batch["targets"])[batch["loss_weights"] > 0])
     return float(np.mean(right))
 
 
 def train(program: Program, documents: int) -> TrainState:
-    state, rng = program.init(jax.random.key(0)), np.random.default_rng(0)
+    state, rng = program.init(jax.random.key(0), {}), np.random.default_rng(0)
     for _ in range(documents):
         for batch in document(rng):
-            if batch.loss_weights.any():
-                state, _ = program.step(state, batch)
-            elif state.memory:  # A row without a target: its memory alone matters.
-                state = state._replace(memory=program.evaluate(state.weights, batch, state.memory)["memory"])
+            if batch["loss_weights"].any():
+                state, _ = program.step(state, batch, {})
+            elif state.carried:  # A row without a target: its memory alone matters.
+                carried = program.evaluate(state.weights, batch, {}, state.carried).carried
+                state = state._replace(carried=carried)
     return state
 
 
@@ -113,7 +114,7 @@ def test_a_copy_from_beyond_the_row(name, one_device):
         weights = train(program, 110).weights
         assert accuracy_of_the_copy(program, weights) >= 0.95
         assert accuracy_of_the_copy(program, weights, forget=True) < 0.25
-        assert accuracy_of_the_copy(program, program.init(jax.random.key(0)).weights) < 0.25
+        assert accuracy_of_the_copy(program, program.init(jax.random.key(0), {}).weights) < 0.25
 
 
 @pytest.mark.slow
@@ -130,12 +131,12 @@ def steps(found: Experiment, mesh: jax.sharding.Mesh, count: int = 4) -> tuple[l
     """Losses of some steps from one set of weights, and the memory after them."""
     with jax.set_mesh(mesh):
         program = make_program(found, mesh)
-        state, losses, rng = program.init(jax.random.key(0)), [], np.random.default_rng(5)
+        state, losses, rng = program.init(jax.random.key(0), {}), [], np.random.default_rng(5)
         for batch in (document(rng) + document(rng))[:count]:
-            batch = batch._replace(loss_weights=np.ones_like(batch.loss_weights))
-            state, metrics = program.step(state, batch)
+            batch = batch | {"loss_weights": np.ones_like(batch["loss_weights"])}
+            state, metrics = program.step(state, batch, {})
             losses.append(float(metrics["loss"]))
-    return losses, jax.tree.map(np.asarray, state.memory)
+    return losses, jax.tree.map(np.asarray, state.carried)
 
 
 MIXED = {"pattern": ("global", "knn", "gated_linear"), "layers": 3, "memory": 30, "knn_memory": 25}
@@ -155,14 +156,14 @@ def test_neither_micro_batches_nor_the_mesh_change_what_is_remembered(other, one
 def test_a_step_that_is_left_out_leaves_the_memory(one_device):
     with jax.set_mesh(one_device):
         program = make_program(experiment(memory=8), one_device)
-        state, rng = program.init(jax.random.key(0)), np.random.default_rng(0)
+        state, rng = program.init(jax.random.key(0), {}), np.random.default_rng(0)
         first, second, _ = document(rng)
-        state, _ = program.step(state, first)
-        before = jax.tree.map(np.asarray, state.memory)
-        bad = second._replace(loss_weights=np.full_like(second.loss_weights, np.nan))
-        state, metrics = program.step(state, bad)
+        state, _ = program.step(state, first, {})
+        before = jax.tree.map(np.asarray, state.carried)
+        bad = second | {"loss_weights": np.full_like(second["loss_weights"], np.nan)}
+        state, metrics = program.step(state, bad, {})
     assert metrics["skipped"] == 1
-    jax.tree.map(np.testing.assert_array_equal, jax.tree.map(np.asarray, state.memory), before)
+    jax.tree.map(np.testing.assert_array_equal, jax.tree.map(np.asarray, state.carried), before)
 
 
 def contiguous(corpus_file: Any, **data: Any) -> DataConfig:
@@ -181,30 +182,31 @@ def test_rows_go_on_from_batch_to_batch(corpus_file):
     batches.close()
     seen: list[bytes] = []
     for epoch in (found[:lane], found[lane:]):
-        seen.append(b"".join(sorted(row.tobytes() for batch in epoch for row in batch.tokens)))
+        seen.append(b"".join(sorted(row.tobytes() for batch in epoch for row in batch["tokens"])))
         breaks = 0
         for batch, after in itertools.pairwise(epoch):
-            goes_on = (after.positions[:, 0] == batch.positions[:, -1] + 1) | (after.positions[:, 0] == 0)
-            joined = batch.targets[:, -1] == after.tokens[:, 0]
+            goes_on = (after["positions"][:, 0] == batch["positions"][:, -1] + 1) | (after["positions"][:, 0] == 0)
+            joined = batch["targets"][:, -1] == after["tokens"][:, 0]
             breaks += int((~(goes_on & joined)).sum())
         assert breaks <= 1, "where the circle closes"
     assert seen[0] == seen[1], "an epoch is all of the rows"
-    assert any((a.tokens != b.tokens).any() for a, b in zip(found[:lane], found[lane:], strict=True))
+    assert any((a["tokens"] != b["tokens"]).any() for a, b in zip(found[:lane], found[lane:], strict=True))
     again = pipeline.train_batches(corpus, data, 3, start_step=lane + 2, rows=(1, 3))
-    np.testing.assert_array_equal(next(again).tokens, found[lane + 2].tokens[[1, 3]])
+    np.testing.assert_array_equal(next(again)["tokens"], found[lane + 2]["tokens"][[1, 3]])
     again.close()
 
 
 def test_held_out_rows_go_on_and_are_all_there(corpus_file):
     data = contiguous(corpus_file)
     corpus = load_corpus(data)
-    batches = list(pipeline.held_out_batches(corpus, data, 4))
-    plain = list(pipeline.held_out_batches(corpus, dataclasses.replace(data, contiguous=False), 4))
-    rows = [sorted(row.tobytes() for batch in found for row in batch.tokens) for found in (batches, plain)]
+    layout = text_layout(4, data.context, 257)
+    batches = list(pipeline.held_out_batches(corpus, data, layout, 4))
+    plain = list(pipeline.held_out_batches(corpus, dataclasses.replace(data, contiguous=False), layout, 4))
+    rows = [sorted(row.tobytes() for batch in found for row in batch["tokens"]) for found in (batches, plain)]
     assert rows[0] == rows[1]
     for batch, after in itertools.pairwise(batches):
-        real = after.loss_weights[:, 0] > 0
-        np.testing.assert_array_equal(batch.targets[real, -1], after.tokens[real, 0])
+        real = after["loss_weights"][:, 0] > 0
+        np.testing.assert_array_equal(batch["targets"][real, -1], after["tokens"][real, 0])
 
 
 def test_pretraining_with_a_memory_resumes_bitwise(micro, tmp_path, monkeypatch, capsys):

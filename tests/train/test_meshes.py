@@ -22,9 +22,9 @@ from tpu.mesh import make_mesh
 from tpu.pipeline import bubble_fraction
 from train.config import DataConfig, Experiment, MeshConfig, OptimizerConfig
 from train.data.batch import Batch
+from train.program import Program, make_program
 from train.resolve import resolve
 from train.state import TrainState
-from train.step import Program, make_program
 
 ROWS, TOKENS, VOCAB = 16, 32, 20
 
@@ -163,9 +163,11 @@ def one_step(experiment: Experiment, mesh: jax.sharding.Mesh) -> tuple[Any, dict
     """Gradient and metrics of a step from the start, on the host."""
     with jax.set_mesh(mesh):
         program = make_program(experiment, mesh)
-        state, metrics = program.step(start(program), packed_batch(experiment.model.vocab_size))
+        state, metrics = program.step(start(program), packed_batch(experiment.model.vocab_size), {})
         gradient = jax.tree.map(np.asarray, optax.tree.get(state.optimizer_state, "trace"))
-        metrics["evaluated"] = program.evaluate(state.weights, packed_batch(experiment.model.vocab_size))["nll_sum"]
+        metrics["evaluated"] = program.evaluate(state.weights, packed_batch(experiment.model.vocab_size), {}).sums[
+            "nll"
+        ]
     return gradient, {name: value.item() for name, value in metrics.items()}
 
 
@@ -201,7 +203,7 @@ def compiled(experiment: Experiment) -> tuple[Program, Counts]:
     batch = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype), packed_batch(experiment.model.vocab_size))
     with jax.set_mesh(mesh):
         program = make_program(experiment, mesh)
-        text = program.step.lower(program.abstract_state, batch).compile().as_text()
+        text = program.step.lower(program.abstract_state, batch, {}).compile().as_text()
     return program, count(hlo.parse(text), dict(mesh.shape))
 
 

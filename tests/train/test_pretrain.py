@@ -25,14 +25,15 @@ import pytest
 
 from tpu import host
 from tpu.errors import UserError
-from train import run
 from train.checkpoint import checkpoint
 from train.checkpoint.checkpoint import Checkpointer, read_meta
 from train.config import Experiment
 from train.data import pipeline
+from train.objectives import next_token
+from train.objectives.table import OBJECTIVES
+from train.program import make_program
 from train.run import pretrain
 from train.signals import Stop
-from train.step import make_program
 from train.tree import to_dict
 from train.workdir import Workdir, read_experiment
 
@@ -61,8 +62,8 @@ def terminate_at(monkeypatch, step: int) -> None:
     """This process gets SIGTERM while the batch of that step is fetched."""
     original = pipeline.train_batches
 
-    def batches(corpus, data, seed, start_step, rows, transform) -> Iterator:
-        for number, batch in enumerate(original(corpus, data, seed, start_step, rows, transform), start_step + 1):
+    def batches(corpus, data, seed, start_step, rows) -> Iterator:
+        for number, batch in enumerate(original(corpus, data, seed, start_step, rows), start_step + 1):
             if number == step:
                 os.kill(os.getpid(), signal.SIGTERM)
             yield batch
@@ -249,13 +250,13 @@ def test_another_model_or_optimizer_is_refused_by_name(tmp_path, here, micro):
 
 
 def test_an_end_before_the_first_step_claims_no_checkpoint(tmp_path, here, micro, monkeypatch, capsys):
-    load = run.load_corpus
+    load = next_token.OBJECTIVE.corpus
 
-    def terminated(data, **options):
+    def terminated(experiment, tokenizer):
         os.kill(os.getpid(), signal.SIGTERM)
-        return load(data, **options)
+        return load(experiment, tokenizer)
 
-    monkeypatch.setattr(run, "load_corpus", terminated)
+    monkeypatch.setitem(OBJECTIVES, "next_token", next_token.OBJECTIVE._replace(corpus=terminated))
     assert here(micro(), tmp_path) == 0
     assert ("is saved" in capsys.readouterr().out) == bool(steps_of(tmp_path))
 

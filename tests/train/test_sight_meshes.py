@@ -22,8 +22,8 @@ from train.data.batch import Batch
 from train.data.chat.record import IMAGE, Conversation, Turn
 from train.data.chat.rows import caption_row, class_row, conversation_row
 from train.data.text.tokenizer import ByteTokenizer
+from train.program import make_program
 from train.resolve import resolve
-from train.step import make_program
 
 ROWS, TOKENS = 16, 32
 TEXT = {"vocab_size": 257, "layers": 2, "embed_dim": 16, "heads": 4}
@@ -99,7 +99,7 @@ def rows(experiment: Experiment) -> Batch:
         return make(record, tokenizer, experiment.data, experiment.model, Counter())
 
     made = [row(number) for number in range(ROWS)]
-    return Batch(*(None if arrays[0] is None else np.stack(arrays) for arrays in zip(*made, strict=True)))
+    return {field: np.stack([row[field] for row in made]) for field in made[0]}
 
 
 def one_step(experiment: Experiment, mesh: jax.sharding.Mesh) -> tuple[Any, dict[str, float]]:
@@ -107,13 +107,13 @@ def one_step(experiment: Experiment, mesh: jax.sharding.Mesh) -> tuple[Any, dict
     rng, batch = np.random.default_rng(0), rows(experiment)
     with jax.set_mesh(mesh):
         program = make_program(experiment, mesh)
-        state = program.init(jax.random.key(0))
+        state = program.init(jax.random.key(0), {})
         # Gates start closed; drawn weights open them.
         drawn = jax.tree.map(
             lambda w: jax.device_put(w + 0.2 * rng.normal(size=w.shape).astype(w.dtype), w.sharding), state.weights
         )
-        evaluated = {name: float(value) for name, value in program.evaluate(drawn, batch).items()}
-        state, metrics = program.step(state._replace(weights=drawn), batch)
+        evaluated = {name: float(value) for name, value in program.evaluate(drawn, batch, {}).sums.items()}
+        state, metrics = program.step(state._replace(weights=drawn), batch, {})
         gradient = jax.tree.map(np.asarray, optax.tree.get(state.optimizer_state, "trace"))
     return gradient, {name: value.item() for name, value in metrics.items()} | evaluated
 

@@ -22,10 +22,9 @@ from model.config import ModelConfig, VisionConfig
 from model.vision.vit import resampled
 from serve.classify import probabilities
 from tpu.errors import UserError
-from train.adapter.frozen import Base, open_base
+from train.adapter.frozen import Frozen, open_frozen
 from train.config import AdapterConfig, DataConfig, Experiment, MeshConfig, ObjectiveConfig, OptimizerConfig, RunConfig
 from train.data import pipeline
-from train.data.corpus import load_corpus
 from train.data.made import made
 from train.data.text.tokenizer import ByteTokenizer
 from train.evaluate import answers
@@ -33,8 +32,9 @@ from train.evaluate.retrieval import class_vectors, embedders, recall_at, zero_s
 from train.evaluate.retrieval import figures as retrieval_figures
 from train.evaluate.sight_report import figures, page
 from train.finetune import on_base
+from train.objectives.table import OBJECTIVES
 from train.resolve import resolve
-from train.restore import open_checkpoint
+from train.restore import Trained, open_checkpoint
 from train.run import pretrain
 from train.signals import Stop
 from train.starting_weights import positions_on_grid
@@ -70,6 +70,10 @@ def trained(given: Experiment, workdir: Path) -> Path:
 @pytest.fixture(scope="module")
 def merge(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return trained(experiment(), tmp_path_factory.mktemp("merge") / "run")
+
+
+def of_run(run: Trained) -> tuple[Any, ...]:
+    return run.experiment, run.weights, run.tokenizer
 
 
 def leaves(workdir: Path) -> dict[str, np.ndarray]:
@@ -136,7 +140,7 @@ def test_the_row_of_a_class_token_stays_and_a_grid_is_no_row_of_numbers():
 
 
 def test_a_text_model_is_refused_pictures(tmp_path):
-    corpus = load_corpus(resolve(experiment("none")).data, objective="conversation", model=ModelConfig().resolved())
+    corpus = OBJECTIVES["conversation"].corpus(resolve(experiment("none")), None)
     with pytest.raises(UserError, match=r"none of the .* records can be read|could not be read|cannot see"):
         corpus.train[0][0]
 
@@ -158,7 +162,7 @@ def test_adapters_train_on_what_sees(fusion, kind, merge, tmp_path):
     size = {"prefix": {"prefix_tokens": 2}, "lora": {"rank": 2}}.get(kind, {})
     adapter = AdapterConfig(kind, ("attention|mlp",), **size)
     given = dataclasses.replace(experiment(fusion), model=ModelConfig(), adapter=adapter)
-    before, opened = leaves(base), open_base(str(base))
+    before, opened = leaves(base), open_frozen(str(base))
     with Stop() as stop:
         assert pretrain(on_base(given, opened), Workdir(tmp_path / "run"), stop, opened) == 0
     assert all(np.array_equal(weight, before[path]) for path, weight in leaves(base).items())
@@ -175,7 +179,7 @@ def test_adapters_train_on_what_sees(fusion, kind, merge, tmp_path):
 def test_an_adapter_sees_and_is_asked_as_its_base_unless_told_otherwise():
     looks = {"images": 3, "image_fit": "crop", "frames": 2, "max_tiles": 3, "patches": 99}
     says = {"user_format": "Q: {}\n", "assistant_format": "A: {}"}
-    base = Base(Path("base"), "", resolve(experiment(data=looks | says)), ByteTokenizer())
+    base = Frozen(Path("base"), "", resolve(experiment(data=looks | says)), ByteTokenizer())
 
     def adapted(**data: Any) -> DataConfig:
         given = dataclasses.replace(experiment(data=data), model=ModelConfig(), adapter=AdapterConfig("lora"))
@@ -193,23 +197,23 @@ def test_an_adapter_sees_and_is_asked_as_its_base_unless_told_otherwise():
 @pytest.mark.parametrize("source", [name for name in made.NAMES if not name.startswith(("charts", "words"))])
 def test_what_is_made_here_becomes_batches(source):
     given = resolve(experiment(data={"sources": (source,), "context": 256, "images": 4}))
-    corpus = load_corpus(given.data, objective="conversation", model=given.model)
+    corpus = OBJECTIVES["conversation"].corpus(given, None)
     batches = pipeline.train_batches(corpus, given.data, seed=0)
     batch = next(batches)
     batches.close()
-    assert batch.images.shape == (8, 4, 32, 32, 3)
-    assert batch.images.dtype == np.uint8
-    counts = batch.image_segments.sum(1)
-    np.testing.assert_array_equal((batch.image_slots >= 0).sum(1), counts * given.model.vision.vectors)
-    np.testing.assert_array_equal(batch.images_seen.max(1), counts)
-    learned = ByteTokenizer().decode([int(t) for t in batch.targets[0][batch.loss_weights[0] > 0] if t < 256])
+    assert batch["images"].shape == (8, 4, 32, 32, 3)
+    assert batch["images"].dtype == np.uint8
+    counts = batch["image_segments"].sum(1)
+    np.testing.assert_array_equal((batch["image_slots"] >= 0).sum(1), counts * given.model.vision.vectors)
+    np.testing.assert_array_equal(batch["images_seen"].max(1), counts)
+    learned = ByteTokenizer().decode([int(t) for t in batch["targets"][0][batch["loss_weights"][0] > 0] if t < 256])
     assert learned.isprintable()
     assert learned
 
 
 def test_rows_depend_on_seed_and_step_alone():
     given = resolve(experiment())
-    corpus = load_corpus(given.data, objective="conversation", model=given.model)
+    corpus = OBJECTIVES["conversation"].corpus(given, None)
 
     def batch(start: int, skip: int) -> Any:
         batches = pipeline.train_batches(corpus, given.data, 3, start)
@@ -245,15 +249,15 @@ def test_bad_records_are_counted_left_out_and_too_many_refused(tmp_path, caplog)
         return dataclasses.replace(experiment().data, sources=(f"{folder}/a.jsonl",), holdout=0.0)
 
     (folder / "3.png").write_bytes((folder / "3.png").read_bytes()[:40])
-    model = resolve(experiment()).model
-    corpus = load_corpus(write({5, 7}), objective="conversation", model=model)
+    given = resolve(experiment())
+    corpus = OBJECTIVES["conversation"].corpus(dataclasses.replace(given, data=write({5, 7})), None)
     with caplog.at_level("WARNING"):
         rows = [corpus.train[0][index] for index in range(len(corpus.train[0]))]
-    assert all(row.loss_weights.sum() == 5 for row in rows)
+    assert all(row["loss_weights"].sum() == 5 for row in rows)
     said = " ".join(caplog.messages)
     assert "2 <image> in the text and 1 images" in said
     assert "3.png" in said or "line 4" in said
-    corpus = load_corpus(write(set(range(20))), objective="conversation", model=model)
+    corpus = OBJECTIVES["conversation"].corpus(dataclasses.replace(given, data=write(set(range(20)))), None)
     with pytest.raises(UserError, match="max_bad_fraction"):
         list(map(corpus.train[0].__getitem__, range(len(corpus.train[0]))))
 
@@ -276,7 +280,7 @@ def test_one_bad_record_stops_neither_tokenizer_nor_training_nor_evaluation(tmp_
     (folder / "a.jsonl").write_text("\n".join(lines) + "\n")
     data = {"sources": (f"{folder}/a.jsonl",), "tokenizer": "bpe", "bpe_vocab_size": 300, "holdout": 0.5}
     given = experiment(data=data | {"context": 64}, model={"vocab_size": 300})
-    found, said = figures(open_checkpoint(trained(given, tmp_path / "run")), 0)
+    found, said = figures(*of_run(open_checkpoint(trained(given, tmp_path / "run"))), 0)
     told = [line for line in caplog.messages if "rows made so far" in line]
     assert f"{folder}/a.jsonl, train: " in told[-1]
     assert re.search(r"\d (its images and questions take … tokens|image … cannot be read|not JSON)", told[-1])
@@ -287,7 +291,9 @@ def test_one_bad_record_stops_neither_tokenizer_nor_training_nor_evaluation(tmp_
     named = dataclasses.replace(resolve(given).data, sources=(f"{folder}/a.jsonl",))
     vision = VisionConfig(**VIT, pool="mean", connector="none")
     classes = ModelConfig(kind="vision", labels=2, vocab_size=300, embed_dim=16, heads=2, vision=vision).resolved()
-    corpus = load_corpus(named, objective="image_classification", model=classes, tokenizer=ByteTokenizer())
+    corpus = OBJECTIVES["image_classification"].corpus(
+        dataclasses.replace(given, data=named, model=classes), ByteTokenizer()
+    )
     assert corpus.labels == ("grey", "white")
 
 
@@ -314,10 +320,10 @@ def test_answers_are_those_of_the_uncached_model(fusion, merge, tmp_path):
             row = conversation_row(conversation._replace(turns=turns), run.tokenizer, data, model, Counter())
             batch = jax.tree.map(lambda a: a[None], row)
             images = answers.Images(
-                batch.images, batch.image_segments, batch.image_slots, batch.images_seen, batch.given
+                batch["images"], batch["image_segments"], batch["image_slots"], batch["images_seen"], batch["given"]
             )
-            hidden, _ = bound(batch.tokens, Place(batch.segments, batch.positions), images=images)
-            at = int(np.flatnonzero(row.loss_weights)[0]) + len(text)
+            hidden, _ = bound(batch["tokens"], Place(batch["segments"], batch["positions"]), images=images)
+            at = int(np.flatnonzero(row["loss_weights"])[0]) + len(text)
             token = int(np.argmax(np.asarray(bound.head(hidden[0, at]))))
             if token == run.tokenizer.end_of_document:
                 break
@@ -385,7 +391,7 @@ def test_contrastive_training_and_retrieval(tmp_path):
     classes = class_vectors(read, ["circle", "star"], ["a {}", "a picture of a {}"])
     mean = (read(["a circle", "a star"]) + read(["a picture of a circle", "a picture of a star"])) / 2
     np.testing.assert_allclose(classes, mean / np.linalg.norm(mean, axis=1, keepdims=True), rtol=0, atol=1e-6)
-    (found,) = retrieval_figures(run, 6).values()
+    (found,) = retrieval_figures(*of_run(run), 6).values()
     assert found["count"] == 6
     assert all(
         found[f"{way}, recall@{k}"] == recall_at(k, *of)
@@ -582,4 +588,4 @@ def test_tiles_are_refused_where_a_row_is_of_one_image(objective):
 def test_an_unknown_source_is_named():
     given = resolve(experiment(data={"sources": ("scenes:poem",)}))
     with pytest.raises(UserError, match=r"scenes:poem.*scenes:caption"):
-        load_corpus(given.data, objective="conversation", model=given.model)
+        OBJECTIVES["conversation"].corpus(given, None)

@@ -20,9 +20,9 @@ from model.weights import bind
 from tpu.mesh import make_mesh
 from train.config import DataConfig, Experiment, LossConfig, MeshConfig, OptimizerConfig
 from train.data.batch import Batch
+from train.program import Program, make_program
 from train.resolve import resolve
 from train.state import TrainState
-from train.step import Program, make_program
 
 ROWS, TOKENS, VOCAB = 12, 8, 20
 
@@ -107,7 +107,7 @@ def gradient_and_metrics(experiment: Experiment, mesh: jax.sharding.Mesh, batch:
     """Of one step from the start."""
     with jax.set_mesh(mesh):
         program = make_program(experiment, mesh)
-        state, metrics = program.step(start(program), batch)
+        state, metrics = program.step(start(program), batch, {})
     gradient = copied(optax.tree.get(state.optimizer_state, "trace"))
     return gradient, {name: value.item() for name, value in metrics.items()}
 
@@ -139,14 +139,14 @@ def test_the_gradient_is_that_of_the_weighted_mean(one_device, whole):
 
         def mean(weights: Any) -> jax.Array:
             model = bind(program.graphdef, weights)
-            logits = model.head(model(batch.tokens, Place(batch.segments, batch.positions))[0])
-            nll = -jnp.take_along_axis(jax.nn.log_softmax(logits), batch.targets[..., None], -1)[..., 0]
-            return jnp.sum(nll * batch.loss_weights) / batch.loss_weights.sum()
+            logits = model.head(model(batch["tokens"], Place(batch["segments"], batch["positions"]))[0])
+            nll = -jnp.take_along_axis(jax.nn.log_softmax(logits), batch["targets"][..., None], -1)[..., 0]
+            return jnp.sum(nll * batch["loss_weights"]) / batch["loss_weights"].sum()
 
         loss, gradient = jax.jit(jax.value_and_grad(mean))(weights)
     assert whole[1]["loss"] == pytest.approx(float(loss), rel=1e-6)
     assert whole[1]["nll"] == pytest.approx(float(loss), rel=1e-6)
-    assert whole[1]["loss_tokens"] == pytest.approx(float(batch.loss_weights.sum()))
+    assert whole[1]["loss_tokens"] == pytest.approx(float(batch["loss_weights"].sum()))
     assert_close(whole[0], gradient, 1e-6)
     norm = np.sqrt(sum(np.sum(np.square(g, dtype=np.float64)) for g in jax.tree.leaves(gradient)))
     assert whole[1]["grad_norm"] == pytest.approx(norm, rel=1e-5)
@@ -157,7 +157,7 @@ def test_weights_and_moments_are_cut_along_the_mesh():
     experiment = changed(mesh={"data": 2, "fsdp": 2, "tensor": 2}, optimizer={"name": "adamw", "ema_decay": 0.5})
     with jax.set_mesh(mesh):
         program = make_program(experiment, mesh)
-        state, _ = program.step(start(program), random_batch())
+        state, _ = program.step(start(program), random_batch(), {})
     adam = state.optimizer_state[0]
     for tree in (state.weights, adam.mu, adam.nu, state.ema):
         up = tree["stack"]["groups"]["layer_0"]["mlp"]["up"]["kernel"]  # [layers, embed, mlp]
@@ -179,7 +179,7 @@ def adam(one_device) -> Program:
 
 def with_bad_loss_weight(state: TrainState, value: float) -> tuple[TrainState, Batch]:
     batch = random_batch()
-    batch.loss_weights[3, 0] = value
+    batch["loss_weights"][3, 0] = value
     return state, batch
 
 
@@ -193,11 +193,11 @@ def with_bad_weight(state: TrainState, value: float) -> tuple[TrainState, Batch]
 @pytest.mark.parametrize("harm", [with_bad_loss_weight, with_bad_weight])
 def test_a_bad_number_skips_the_update_and_is_counted(one_device, adam, harm, value):
     with jax.set_mesh(one_device):
-        state, _ = adam.step(start(adam), random_batch(1))
+        state, _ = adam.step(start(adam), random_batch(1), {})
         state, batch = harm(state, value)
         before = copied(state)
         for bad in (1, 2):
-            state, metrics = adam.step(state, batch)
+            state, metrics = adam.step(state, batch, {})
             assert not np.isfinite(metrics["loss"])
             assert (int(metrics["skipped"]), int(metrics["skipped_in_a_row"])) == (bad, bad)
     for field in ("weights", "optimizer_state", "ema", "key"):
@@ -215,7 +215,7 @@ def test_a_gradient_too_large_to_measure_is_skipped(one_device, adam):
         weights = state.weights | {"final_norm": huge, "embedding": {"embedding": table * 1e-6}}
         state = state._replace(weights=weights)
         before = copied(state.weights)
-        state, metrics = adam.step(state, random_batch())
+        state, metrics = adam.step(state, random_batch(), {})
     assert 1e15 < metrics["loss"] < np.inf
     assert not np.isfinite(metrics["grad_norm"])
     assert int(metrics["skipped"]) == 1
@@ -228,7 +228,7 @@ def test_a_good_step_ends_the_row_and_the_schedule_counts_good_steps(one_device,
     with jax.set_mesh(one_device):
         state = start(adam)
         for batch in (good, bad, bad, good, bad, good):
-            state, metrics = adam.step(state, batch)
+            state, metrics = adam.step(state, batch, {})
             rates.append(metrics["learning_rate"].item())
             rows.append((int(metrics["skipped"]), int(metrics["skipped_in_a_row"])))
     assert rows == [(0, 0), (1, 1), (2, 2), (2, 0), (3, 1), (3, 0)]
@@ -244,7 +244,7 @@ def test_dropout_draws_anew_each_step_and_the_same_again(one_device, adam):
         state, found = start(adam)._replace(key=jax.random.key(key)), []
         for step in range(steps):
             state = state._replace(step=jnp.int32(step), weights=start(adam).weights)
-            state, metrics = adam.step(state, random_batch())
+            state, metrics = adam.step(state, random_batch(), {})
             found.append(metrics["loss"].item())
         return found
 
@@ -259,7 +259,7 @@ def test_the_metrics_of_an_adamw_step(one_device, adam):
     with jax.set_mesh(one_device):
         state = start(adam)
         before = copied(state.weights)
-        state, metrics = adam.step(state, random_batch())
+        state, metrics = adam.step(state, random_batch(), {})
         moved = jax.tree.map(lambda a, b: a - np.asarray(b), before, state.weights)
     size = [np.sqrt(sum(np.sum(np.square(x)) for x in jax.tree.leaves(tree))) for tree in (moved, before)]
     assert metrics["update_ratio"] == pytest.approx(size[0] / size[1], rel=1e-4)
@@ -274,12 +274,12 @@ def test_evaluation_is_the_plain_likelihood_without_dropout(one_device, whole):
     experiment = changed(model={"residual_dropout": 0.5}, loss={"label_smoothing": 0.3, "z_loss": 0.1})
     with jax.set_mesh(one_device):
         program = make_program(experiment, one_device)
-        sums = program.evaluate(start(program).weights, random_batch())
-    assert sums["nll_sum"] / sums["loss_tokens"] == pytest.approx(whole[1]["nll"], rel=1e-6)
+        told = program.evaluate(start(program).weights, random_batch(), {})
+    assert told.sums["nll"] / told.weights["nll"] == pytest.approx(whole[1]["nll"], rel=1e-6)
 
 
 def test_a_batch_without_anything_to_learn_is_no_division_by_zero(one_device, whole):
-    batch = random_batch()._replace(loss_weights=np.zeros((ROWS, TOKENS), np.float32))
+    batch = random_batch() | {"loss_weights": np.zeros((ROWS, TOKENS), np.float32)}
     gradient, metrics = gradient_and_metrics(changed(), one_device, batch)
     assert metrics["loss"] == 0
     assert metrics["skipped"] == 0
@@ -289,7 +289,7 @@ def test_a_batch_without_anything_to_learn_is_no_division_by_zero(one_device, wh
 def test_a_small_sum_of_weights_is_still_divided_by(one_device, whole):
     """Halving all weights again and again never changes the loss."""
     batch = random_batch()
-    batch = batch._replace(loss_weights=batch.loss_weights * np.float32(2.0**-10))
+    batch = batch | {"loss_weights": batch["loss_weights"] * np.float32(2.0**-10)}
     gradient, metrics = gradient_and_metrics(changed(), one_device, batch)
     assert metrics["loss"] == pytest.approx(whole[1]["loss"], rel=1e-6)
     assert_close(gradient, whole[0], 1e-6)
@@ -299,7 +299,7 @@ def test_the_state_is_donated_and_logits_are_never_whole(one_device):
     experiment = changed(model={"vocab_size": 501}, loss=dataclasses.asdict(LossConfig(chunk_tokens=ROWS)))
     with jax.set_mesh(one_device):
         program = make_program(experiment, one_device)
-        text = program.step.lower(program.abstract_state, random_batch()).as_text()
+        text = program.step.lower(program.abstract_state, random_batch(), {}).as_text()
     sizes = {int(np.prod([int(n) for n in dims.split("x")])) for dims in re.findall(r"tensor<([\dx]+)xf32>", text)}
     assert ROWS * 501 in sizes
     assert ROWS * TOKENS * 501 not in sizes
@@ -310,7 +310,7 @@ def test_init_draws_what_abstract_state_describes(one_device):
     optimizer = {"name": "muon", "ema_decay": 0.5}
     with jax.set_mesh(one_device):
         program = make_program(changed(optimizer=optimizer, model={"layers": 1}), one_device)
-        state = program.init(jax.random.key(0))
+        state = program.init(jax.random.key(0), {})
     assert jax.tree.structure(state) == jax.tree.structure(program.abstract_state)
     for leaf, wanted in zip(jax.tree.leaves(state), jax.tree.leaves(program.abstract_state), strict=True):
         assert (leaf.shape, leaf.dtype, leaf.sharding) == (wanted.shape, wanted.dtype, wanted.sharding)

@@ -44,8 +44,8 @@ from train.config import (
     OptimizerConfig,
     RunConfig,
 )
+from train.program import make_program
 from train.resolve import resolve
-from train.step import make_program
 
 
 @functools.partial(jax.tree_util.register_dataclass, data_fields=["values", "scale"], meta_fields=[])
@@ -170,13 +170,15 @@ def evaluated(experiment: Experiment, weights: Any) -> dict[str, float]:
         abstract = program.abstract_state.weights
         assert jax.tree.structure(abstract) == jax.tree.structure(weights)
         weights = jax.device_put(weights, jax.tree.map(lambda leaf: leaf.sharding, abstract))
-        return {name: float(value) for name, value in program.evaluate(weights, drawn_batch(experiment)).items()}
+        return {
+            name: float(value) for name, value in program.evaluate(weights, drawn_batch(experiment), {}).sums.items()
+        }
 
 
 @functools.cache
 def wanted(name: str) -> float:
     """The loss of the arrays that the int8 weights stand for."""
-    return evaluated(experiment_of(name), as_arrays(drawn(name)[2]))["nll_sum"]
+    return evaluated(experiment_of(name), as_arrays(drawn(name)[2]))["nll"]
 
 
 # The contract
@@ -269,7 +271,7 @@ def test_every_matrix_is_no_array_and_the_loss_is_that_of_arrays(name):
     assert jax.tree.structure(axes_of(weights, axes), is_leaf=_is_axes) == jax.tree.structure(weights)
     loss = wanted(name)
     with int8():
-        np.testing.assert_allclose(evaluated(experiment_of(name), weights)["nll_sum"], loss, rtol=1e-5)
+        np.testing.assert_allclose(evaluated(experiment_of(name), weights)["nll"], loss, rtol=1e-5)
 
 
 @pytest.mark.parametrize("name", [name for name in MODELS if name != "convolutions"])
@@ -278,7 +280,7 @@ def test_on_eight_devices_the_loss_is_the_same(name):
     given = experiment_of(name, mesh=mesh)
     loss = wanted(name)
     with int8():
-        np.testing.assert_allclose(evaluated(given, drawn(name)[2])["nll_sum"], loss, rtol=1e-5)
+        np.testing.assert_allclose(evaluated(given, drawn(name)[2])["nll"], loss, rtol=1e-5)
     devices = make_mesh(given.mesh, jax.devices())
     layout = rules.tree_shardings(devices, drawn(name)[1], drawn(name)[2])
     for path, weight in named(drawn(name)[2]).items():
@@ -320,13 +322,13 @@ def test_lora_over_it_trains_and_merges(name, one_device):
     given = experiment_of(name, LORA)
     before = [np.asarray(leaf) for leaf in jax.tree.leaves(base)]
     with int8(), jax.set_mesh(one_device):
-        program = make_program(given, one_device).over(base)
-        state = program.init(jax.random.key(0))
+        program = make_program(given, one_device)
+        state = program.init(jax.random.key(0), {"model": base})
         losses = []
         for _ in range(8):
-            state, metrics = program.step(state, drawn_batch(given))
+            state, metrics = program.step(state, drawn_batch(given), {"model": base})
             losses.append(float(metrics["nll"]))
-        unmerged = float(program.evaluate(state.weights, drawn_batch(given))["nll_sum"])
+        unmerged = float(program.evaluate(state.weights, drawn_batch(given), {"model": base}).sums["nll"])
         figures = summarize(given)
     assert losses[-1] < losses[0] - 0.02
     for leaf, old in zip(jax.tree.leaves(base), before, strict=True):
@@ -334,7 +336,7 @@ def test_lora_over_it_trains_and_merges(name, one_device):
     merged = adapter_weights.merged(given.adapter, base, state.weights)
     changed = [path for path, weight in named(merged).items() if not is_weight(weight) and path[-1] in MATRICES]
     assert changed
-    merged = evaluated(experiment_of(name), as_arrays(merged))["nll_sum"]
+    merged = evaluated(experiment_of(name), as_arrays(merged))["nll"]
     np.testing.assert_allclose(merged, unmerged, rtol=1e-4)
     assert abs(merged - wanted(name)) > 2e-3 * wanted(name)  # twenty times what they may differ by
     plain = summarize(given)

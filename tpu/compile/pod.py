@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from jax.stages import Lowered
 
     from tpu.compile.report import Compiled, Report
-    from train.step import Program
+    from train.program import Program
 
 
 def prepare(topology: str) -> None:
@@ -54,12 +54,15 @@ def compile_step(experiment: Experiment, topology: str, slices: int = 1) -> Repo
     import jax
 
     from tpu.compile.report import make_report
-    from train.step import abstract_batch, make_program
+    from train.layout import abstract_batch
+    from train.program import make_program
 
     experiment, found, mesh = place(experiment, topology, slices)
     with jax.set_mesh(mesh):
         program = make_program(experiment, mesh)
-        compiled = compile_and_read(program.step.lower(program.abstract_state, abstract_batch(experiment)), found)
+        compiled = compile_and_read(
+            program.step.lower(program.abstract_state, abstract_batch(experiment), program.abstract_frozen), found
+        )
     state = program.abstract_state
     parts = {"weights": state.weights, "optimizer": state.optimizer_state, "ema": state.ema}
     tokens = experiment.data.batch_size * experiment.data.context
@@ -72,7 +75,7 @@ def compile_decode(experiment: Experiment, topology: str, slices: int, rows: int
 
     from model.generate.decode import make_decoder
     from tpu.compile.report import make_report
-    from train.step import make_program
+    from train.program import make_program
 
     experiment.model.check_context(context, "--context")
     experiment, found, mesh = place(experiment, topology, slices)

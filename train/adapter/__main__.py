@@ -55,14 +55,15 @@ def main() -> int:
 
 def merge(path: pathlib.Path, workdir: pathlib.Path, base: str | None = None) -> None:
     """Writes the adapter's model, with the adapter in its weights, as step 0 of a new workdir."""
+    from train.adapter.frozen import adapted_role, references
     from train.checkpoint.checkpoint import read_meta
     from train.restore import open_checkpoint
 
     trained = open_checkpoint(path, base=base)
     meta = read_meta(trained.step_dir)
-    if "base" not in meta:
-        raise UserError(f"checkpoint={trained.step_dir}: is no adapter; there is nothing to merge")
     experiment = from_dict(Experiment, meta["experiment"])
+    if experiment.adapter.kind == "none":
+        raise UserError(f"checkpoint={trained.step_dir}: is no adapter; there is nothing to merge")
     import jax
     import jax.numpy as jnp
 
@@ -71,22 +72,25 @@ def merge(path: pathlib.Path, workdir: pathlib.Path, base: str | None = None) ->
     # Rounding to the base's number format would take from small changes what they are.
     model = dataclasses.replace(experiment.model, weight_dtype="float32")
     weights = jax.tree.map(lambda w: dense(w).astype(jnp.float32), trained.weights, is_leaf=is_weight)
-    del meta["base"]
+    of_others = references(meta, experiment)
+    del of_others[adapted_role(experiment)]
+    meta = {name: value for name, value in meta.items() if name != "base"} | {"frozen": of_others}
     _write(workdir, weights, meta, dataclasses.replace(experiment, model=model, adapter=AdapterConfig()))
 
 
 def export(path: pathlib.Path, to: pathlib.Path, base: str | None = None) -> None:
     """Writes the adapter in PEFT's layout."""
     from train.adapter import peft
-    from train.adapter.frozen import base_of
+    from train.adapter.frozen import adapted_role, find_frozen, references
     from train.adapter.weights import parts
     from train.checkpoint import checkpoint
 
     step_dir = checkpoint.find(path)
     meta = checkpoint.read_meta(step_dir)
-    if "base" not in meta:
+    experiment = from_dict(Experiment, meta["experiment"])
+    if experiment.adapter.kind == "none":
         raise UserError(f"checkpoint={step_dir}: is no adapter; there is nothing to export")
-    experiment, below = from_dict(Experiment, meta["experiment"]), base_of(meta, step_dir, base)
+    below = find_frozen(references(meta, experiment)[adapted_role(experiment)], step_dir, base)
     config = experiment.model.placed("cpu", "float32")
     known = parts(experiment.adapter, config)
     trained = checkpoint.load_weights(step_dir, known.trained)
@@ -99,14 +103,15 @@ def import_peft(source: pathlib.Path, path: pathlib.Path, workdir: pathlib.Path)
     """Writes an adapter that PEFT wrote as step 0 of a new workdir, over the base in `path`."""
     from model import kinds
     from train.adapter import peft
-    from train.adapter.frozen import open_base
+    from train.adapter.frozen import adapted_role, open_frozen
     from train.checkpoint import checkpoint
 
-    base = open_base(path)
+    base = open_frozen(path)
     config = base.experiment.model.placed("cpu", "float32")
     frozen = checkpoint.load_weights(base.step_dir, kinds.build(config)[1])
     adapter, trained = peft.load(source, config, frozen)
-    meta = checkpoint.read_meta(base.step_dir) | {"base": base.reference()}
+    of_base = {adapted_role(base.experiment): base.reference()}
+    meta = checkpoint.read_meta(base.step_dir) | {"frozen": of_base}
     _write(workdir, trained, meta, resolve(dataclasses.replace(base.experiment, adapter=adapter)))
 
 

@@ -18,14 +18,15 @@ import jax.numpy as jnp
 
 from model import kinds
 from model.attention.cross_attention import Source
-from model.attention.memory import empty_memory
 from model.config import ModelConfig
 from model.place import Place
 from model.weights import bind
-from train.adapter import weights as adapter_weights
 from train.budget.products import Products, weight_products
 from train.config import Experiment
-from train.step import abstract_batch, frozen_mask, loss_sums
+from train.layout import abstract_batch, layout_of
+from train.objectives.roles import by_role, models, of_state
+from train.objectives.table import objective_of
+from train.step import frozen_mask
 
 
 class Shown(NamedTuple):
@@ -44,9 +45,9 @@ def shown(experiment: Experiment) -> Shown:
     vision, data = experiment.model.vision, experiment.data
     if vision.encoder == "none":
         return NOTHING_SHOWN
-    images = data.images if experiment.objective.name == "conversation" else 1
     if data.image_fit == "native":
-        return Shown(images, data.patches, data.patches // vision.shrink**2)
+        return Shown(data.images, data.patches, data.patches // vision.shrink**2)
+    images = layout_of(experiment)["images"].shape[1]
     return Shown(images, images * (vision.grid * vision.columns + vision.class_token), images * vision.vectors)
 
 
@@ -63,8 +64,8 @@ def operations(experiment: Experiment) -> Operations:
     one.model = _counted(experiment.model)
     batch = abstract_batch(one)
     products = _products(one, batch)
-    inputs = 0 if batch.inputs is None else batch.inputs.shape[1]
-    text = _text_attended(one.model, batch.tokens.shape[1], inputs, shown(one))
+    inputs = batch["inputs"].shape[1] if "inputs" in batch else 0
+    text = _text_attended(one.model, batch["tokens"].shape[1], inputs, shown(one))
     sides = {False: text, True: _vision_attended(one.model, shown(one))}
     backward = sum(8 * pairs * products.attends[side] for side, pairs in sides.items())
     return Operations(products.forward + round(4 * sum(sides.values())), products.backward + round(backward))
@@ -108,29 +109,22 @@ def _counted(config: ModelConfig) -> ModelConfig:
 
 def _products(experiment: Experiment, batch: Any) -> Products:
     """The products of weights in a forward pass with its loss over a batch, and what of them is differentiated."""
-    config, adapter = experiment.model, experiment.adapter
-    graphdef, weights, axes = kinds.build(config)
-    if adapter.kind == "none":
-        trained = jax.tree.map(lambda still: not still, frozen_mask(weights, experiment.optimizer.frozen))
-        given = {"all": weights}, {"all": trained}
-    else:
-        parts = adapter_weights.parts(adapter, config)
-        given = (
-            {"base": parts.base, "adapter": parts.trained},
-            {
-                "base": jax.tree.map(lambda _: False, parts.base),
-                "adapter": jax.tree.map(lambda _: True, parts.trained),
-            },
-        )
-    memory = jax.eval_shape(lambda: empty_memory(config, 1)) if config.remembers else None
+    objective, patterns = objective_of(experiment), experiment.optimizer.frozen
+    found = models(experiment, objective.roles(experiment))
+    trained = {name: model.trained for name, model in found.items() if model.trained is not None}
+    frozen = {name: model.frozen for name, model in found.items() if model.frozen is not None}
+    moves = jax.tree.map(lambda _: True, trained)
+    if patterns:
+        still = frozen_mask(of_state(trained), patterns)
+        moves = by_role(found, jax.tree.map(lambda stays: not stays, still))
 
-    def loss(weights: Any, batch: Any, memory: Any) -> jax.Array:
-        if adapter.kind != "none":
-            weights = {"all": adapter_weights.combined(adapter, weights["base"], weights["adapter"])}
-        sums = loss_sums(bind(graphdef, weights["all"]), axes, batch, experiment, None, memory)
-        return sums.trained + sums.by_row
+    def loss(weights: Any, batch: Any, carried: Any) -> jax.Array:
+        bound = {name: of.bind(weights["trained"].get(name), weights["frozen"].get(name)) for name, of in found.items()}
+        return sum(objective.sums(bound, batch, experiment, None, carried).trained.values())
 
-    return weight_products(loss, *given, batch, memory)
+    marks = {"trained": moves, "frozen": jax.tree.map(lambda _: False, frozen)}
+    carried = jax.eval_shape(lambda: objective.carried(experiment))
+    return weight_products(loss, {"trained": trained, "frozen": frozen}, marks, batch, carried)
 
 
 def met_by_token(path: tuple[str, ...], size: int, config: ModelConfig) -> int:

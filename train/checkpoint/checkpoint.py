@@ -40,6 +40,8 @@ from tpu.errors import UserError
 from train.checkpoint import manifest
 from train.config import RunConfig
 
+# fields of the state by another name under which they were once written
+OLD_NAMES = {"carried": "memory"}
 WEIGHTS_FILE = "weights.safetensors"  # in place of what Orbax writes, in a step that was imported
 
 log = logging.getLogger(__name__)
@@ -341,6 +343,7 @@ def _read(step_dir: Path, abstract: Any, field: str | None = None) -> Any:
     """Reads the tree whose leaves are those of `abstract` from a verified step: all of its fields, or only `field`."""
     targets, structure = _named_leaves(abstract)
     saved = manifest.read(step_dir)["leaves"]
+    targets = {_as_saved(path, saved): leaf for path, leaf in targets.items()}
     idle = _idle_state(saved, targets)
     saved = {path: leaf for path, leaf in saved.items() if path not in idle}
     _check_leaves(step_dir, {p: leaf for p, leaf in saved.items() if field in (None, _field(p))}, targets)
@@ -367,6 +370,12 @@ def _idle_state(saved: dict[str, Any], targets: dict[str, Any]) -> dict[str, Any
         for path, leaf in saved.items()
         if path not in targets and _field(path) == "optimizer_state" and path.endswith(frozen)
     }
+
+
+def _as_saved(path: str, saved: dict[str, Any]) -> str:
+    """The path under which a leaf was written."""
+    old = OLD_NAMES.get(_field(path), "") + path[len(_field(path)) :]
+    return old if old in saved and path not in saved else path
 
 
 def _mapped(path: str, tensor: safetensors.Tensor, target: jax.ShapeDtypeStruct) -> jax.Array:

@@ -6,7 +6,7 @@ import dataclasses
 import functools
 import logging
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from model.config import ModelConfig
@@ -14,11 +14,14 @@ from tpu.errors import UserError
 from train.config import DataConfig
 from train.data.batch import Batch
 from train.data.chat import rows as conversations
-from train.data.text import cache, labelled
+from train.data.text import cache
+from train.data.text.labelled import Labelled
 from train.data.text.packing import PackedRows
 from train.data.text.sources import documents, is_held_out
 from train.data.text.tokenizer import ByteTokenizer, Tokenizer, from_file, train_bpe
-from train.objectives.table import CONVERSATIONS, LABELLED
+
+Change = Callable[[int, Batch], Batch]  # (number of the row in the run or of the side, row) -> row
+HELD_OUT_SEED = 2**32  # of changes to held-out rows: they do not depend on run.seed, so that runs compare
 
 log = logging.getLogger(__name__)
 
@@ -33,43 +36,34 @@ class Corpus:
     held_out_bytes: int  # UTF-8 bytes of the held-out documents: what bits per byte divides by
     held_out_tokens: int  # targets with weight 1 in the held-out rows, ends of documents included
     report: dict[str, Any]  # JSON-able: tokenizer size, and per source documents, bytes, tokens, digest
-    labels: tuple[str, ...] | None = None  # names of the labels, of labelled records only (train.data.text.labelled)
+    labels: tuple[str, ...] = ()  # names of the labels, in the order of their numbers
+    train_change: Change | None = None  # what is made of every row that is read; None: rows stay as they are
+    held_out_change: Change | None = None
 
 
-def load_corpus(
-    data: DataConfig,
-    *,
-    tokenizer: Tokenizer | None = None,
-    objective: str = "next_token",
-    model: ModelConfig | None = None,
-) -> Corpus:
-    """Reads, tokenises and packs all of `data.sources`, through the cache.
+def record_corpus(found: Labelled | conversations.Conversations, data: DataConfig, tokenizer: Tokenizer) -> Corpus:
+    """The corpus of records that are a row each. Raises UserError where they leave a side empty."""
+    for report in found.reports:
+        _log(report)
+    _check_sides(found.reports, data)
+    return Corpus(
+        tokenizer=tokenizer,
+        train=tuple(found.train),
+        held_out=tuple(rows for rows in found.held_out if rows),
+        held_out_bytes=sum(report["held_out"]["bytes"] for report in found.reports),
+        held_out_tokens=sum(report["held_out"]["tokens"] for report in found.reports),
+        report={"vocab_size": tokenizer.vocab_size, "labels": list(found.labels), "sources": found.reports},
+        labels=found.labels,
+    )
+
+
+def load_corpus(data: DataConfig, *, tokenizer: Tokenizer | None = None) -> Corpus:
+    """Reads, tokenises and packs the documents of all `data.sources`, through the cache.
 
     tokenizer: that of a checkpoint, so that it is never trained again; without it, the one that data.tokenizer names.
-    objective: a name of `train.objectives.OBJECTIVES`; some read labelled records, or conversations, and need the
-      `model`: how many labels it has, how it sees.
     Raises UserError for sources that cannot be read or leave the train or the held-out side empty.
     """
-    if objective in CONVERSATIONS:
-        tokenizer = tokenizer or _conversation_tokenizer(data, model)
-    tokenizer = tokenizer or _tokenizer(data)
-    if objective in LABELLED or objective in CONVERSATIONS:
-        if objective in LABELLED:
-            found = labelled.load(data, objective, model.labels, tokenizer)
-        else:
-            found = conversations.load(data, objective, model, tokenizer)
-        for report in found.reports:
-            _log(report)
-        _check_sides(found.reports, data)
-        return Corpus(
-            tokenizer=tokenizer,
-            train=tuple(found.train),
-            held_out=tuple(rows for rows in found.held_out if rows),
-            held_out_bytes=sum(report["held_out"]["bytes"] for report in found.reports),
-            held_out_tokens=sum(report["held_out"]["tokens"] for report in found.reports),
-            report={"vocab_size": tokenizer.vocab_size, "labels": list(found.labels), "sources": found.reports},
-            labels=found.labels,
-        )
+    tokenizer = tokenizer or text_tokenizer(data)
     sources = [cache.streams(source, data, tokenizer) for source in data.sources]
     for source in sources:
         _log(source.report)
@@ -99,7 +93,8 @@ def load_corpus(
     return corpus
 
 
-def _tokenizer(data: DataConfig) -> Tokenizer:
+def text_tokenizer(data: DataConfig) -> Tokenizer:
+    """The tokenizer that data.tokenizer names, trained on the documents where that says so."""
     if data.tokenizer == "bytes":
         return ByteTokenizer()
     if data.tokenizer == "bpe":
@@ -107,9 +102,10 @@ def _tokenizer(data: DataConfig) -> Tokenizer:
     return from_file(data.tokenizer)
 
 
-def _conversation_tokenizer(data: DataConfig, model: ModelConfig) -> Tokenizer:
+def conversation_tokenizer(data: DataConfig, model: ModelConfig) -> Tokenizer:
+    """The tokenizer that data.tokenizer names, trained on what is said in the conversations where that says so."""
     if data.tokenizer != "bpe":
-        return _tokenizer(data)
+        return text_tokenizer(data)
     return train_bpe(conversations.texts(data, model.vision.image_size), data.bpe_vocab_size)
 
 

@@ -13,12 +13,9 @@ from typing import Any
 
 import numpy as np
 
-from train.config import DataConfig, Experiment
-from train.data.batch import Batch
+from train.config import DataConfig
+from train.data.batch import Batch, Layout
 from train.data.corpus import Corpus
-from train.data.text.masking import Masking
-from train.data.text.packing import PackedRows, padding_row
-from train.data.text.span_corruption import SpanCorruption
 
 
 class _Selected:
@@ -33,27 +30,6 @@ class _Selected:
     def __getitem__(self, index: int) -> Batch:
         step, row = divmod(int(index), len(self._rows))
         return self._stream[step * self._batch_size + self._rows[row]]
-
-
-Transform = Callable[[int, Batch], Batch]
-
-
-def row_transform(experiment: Experiment, corpus: Corpus, held_out: bool = False) -> Transform | None:
-    """What `experiment.objective` makes of a packed row, given its number in the run; None where rows stay as they are.
-
-    Held-out rows do not depend on run.seed, so that runs compare.
-    """
-    objective, model, tokenizer = experiment.objective, experiment.model, corpus.tokenizer
-    seed = 2**32 if held_out else experiment.run.seed
-    special = model.vocab_size - 1 if objective.special_token < 0 else objective.special_token
-    end = tokenizer.end_of_document
-    if objective.name == "masked":
-        partners = corpus.train if model.next_sentence and not held_out else ()
-        return Masking(seed, objective.corruption, special, tokenizer.vocab_size, end, tokenizer.beginning, partners)
-    if objective.name == "span_corruption":
-        start = end if model.start_token < 0 else model.start_token
-        return SpanCorruption(seed, *objective.spans(experiment.data.context), special, start, end)
-    return None
 
 
 class _Lanes:
@@ -81,7 +57,7 @@ class _Lanes:
 class _Joined:
     """The rows of several sources, one source after the other."""
 
-    def __init__(self, sources: Sequence[PackedRows]) -> None:
+    def __init__(self, sources: Sequence[Sequence[Batch]]) -> None:
         self._sources, self._ends = sources, np.cumsum([len(rows) for rows in sources])
 
     def __len__(self) -> int:
@@ -93,12 +69,7 @@ class _Joined:
 
 
 def train_batches(
-    corpus: Corpus,
-    data: DataConfig,
-    seed: int,
-    start_step: int = 0,
-    rows: Sequence[int] = (),
-    transform: Transform | None = None,
+    corpus: Corpus, data: DataConfig, seed: int, start_step: int = 0, rows: Sequence[int] = ()
 ) -> Iterator[Batch]:
     """An endless iterator of training batches [L, T] from `start_step` on, made ahead in a thread.
 
@@ -107,7 +78,6 @@ def train_batches(
     before ended. `close()` stops the thread; what fails in it is raised by `next`.
 
     rows: which rows of each global batch to make (see `tpu.distributed.rows_here`), ascending; none given: all.
-    transform: applied to every row and its number in the run.
     """
     import grain
 
@@ -121,8 +91,8 @@ def train_batches(
         weights = data.weights or [len(rows) for rows in corpus.train]
         # Grain 0.2 overflows on batches of one row of an endless mixture; no run reaches this many.
         stream = grain.MapDataset.mix(sources, weights)[: 2**48]
-    if transform is not None:
-        stream = stream.map_with_index(transform)
+    if corpus.train_change is not None:
+        stream = stream.map_with_index(corpus.train_change)
     if rows:
         stream = grain.MapDataset.source(_Selected(stream, data.batch_size, rows))
     batches = stream.batch(len(rows) or data.batch_size)[start_step:]
@@ -135,33 +105,26 @@ def stream(batches: Iterator[Any]) -> Callable[[Any, int], tuple[Any, Any]]:
 
 
 def held_out_batches(
-    corpus: Corpus,
-    data: DataConfig,
-    batch_size: int,
-    limit: int = 0,
-    rows: Sequence[int] = (),
-    transform: Transform | None = None,
+    corpus: Corpus, data: DataConfig, layout: Layout, batch_size: int, limit: int = 0, rows: Sequence[int] = ()
 ) -> Iterator[Batch]:
-    """Yields the held-out rows in order as batches of `batch_size` rows, the last filled up with padding rows.
+    """Yields the held-out rows in order as batches of `batch_size` rows, the last filled up with what `layout` says.
 
     With data.contiguous the rows are cut into `batch_size` runs of one length, the last filled up, and row b of every
     batch comes from run b.
-    rows, transform: as in `train_batches`; the batches are [L, T] then, and [batch_size, T] without.
+    rows: as in `train_batches`; the batches are [L, T] then, and [batch_size, T] without.
     limit: at most so many batches; 0: all. With a limit, bits per byte must count bytes as
     `held_out_bytes / held_out_tokens` per token of weight 1, for the bytes of single rows are not known.
     """
     if not corpus.held_out:
         return
-    stream = _Joined(corpus.held_out)
-    padding = padding_row(data.context, corpus.tokenizer.end_of_document)
-    if corpus.labels is not None:  # Rows of labelled records have fields and widths of their own.
-        like = corpus.held_out[0][0]
-        padding = like._replace(loss_weights=np.zeros_like(like.loss_weights))
+    stream, change = _Joined(corpus.held_out), corpus.held_out_change or (lambda number, row: row)
+    padding = {name: np.full(field.shape[1:], field.padding, field.dtype) for name, field in layout.items()}
     batches = -(-len(stream) // batch_size)
     for step in range(min(batches, limit or batches)):
         numbers = [step * batch_size + row for row in rows or range(batch_size)]
         places = [row * batches + step for row in rows or range(batch_size)] if data.contiguous else numbers
-        made = [stream[place] if place < len(stream) else padding for place in places]
-        if transform is not None:
-            made = [transform(number, row) for number, row in zip(numbers, made, strict=True)]
-        yield Batch(*(None if arrays[0] is None else np.stack(arrays) for arrays in zip(*made, strict=True)))
+        made = [
+            change(number, stream[place]) if place < len(stream) else padding
+            for number, place in zip(numbers, places, strict=True)
+        ]
+        yield {name: np.stack([row[name] for row in made]) for name in layout}

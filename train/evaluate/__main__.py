@@ -10,15 +10,11 @@ from __future__ import annotations
 
 import pathlib
 import time
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from absl import flags
 
 from train import entry
-from train.evaluate.held_out import compressor_figures, held_out_figures
-
-if TYPE_CHECKING:
-    pass
 
 if __name__ == "__main__":
     flags.DEFINE(entry.PATH, "checkpoint", None, "workdir of a run, or one of its step directories")
@@ -40,54 +36,35 @@ def main() -> int:
     field = "ema" if entry.FLAGS.ema else "weights"
     trained = open_checkpoint(pathlib.Path(entry.FLAGS.checkpoint), field, entry.FLAGS.base)
     from train.data import pipeline
-    from train.data.corpus import held_out_documents, load_corpus, log_left_out
+    from train.data.corpus import log_left_out
+    from train.evaluate.held_out import held_out_means
+    from train.objectives.table import objective_of
 
-    data = trained.experiment.data
+    experiment, batches = trained.experiment, entry.FLAGS.batches
+    data, objective = experiment.data, objective_of(experiment)
     if not data.holdout:
         raise entry.UserError("data.holdout=0.0: this experiment keeps no held-out documents to evaluate")
-    experiment, name = trained.experiment, trained.experiment.objective.name
-    if entry.FLAGS.page and (name != "conversation" or experiment.model.fusion == "none"):
+    layout = objective.layout(experiment)
+    if entry.FLAGS.page and "given" not in layout:
         raise entry.UserError(f"page={entry.FLAGS.page}: only for a model that answers questions about images")
-    corpus = load_corpus(data, tokenizer=trained.tokenizer, objective=name, model=experiment.model)
-    start = time.monotonic()
-    transform = pipeline.row_transform(experiment, corpus, held_out=True)
-    batches = pipeline.held_out_batches(corpus, data, data.batch_size, entry.FLAGS.batches, transform=transform)
-    memory = trained.empty_memory()
-    figures = held_out_figures(trained.evaluate, trained.weights, batches, corpus, objective=name, memory=memory)
+    corpus, start = objective.corpus(experiment, trained.tokenizer), time.monotonic()
+    rows = pipeline.held_out_batches(corpus, data, layout, data.batch_size, batches)
+    means = held_out_means(trained.evaluate, trained.weights, rows, trained.frozen(), trained.first_carried())
+    figures = objective.figures(means, corpus)
     log_left_out(corpus.held_out)
-    if name != "next_token":
-        print(f"checkpoint {trained.step_dir}, {name}: " + "  ".join(f"{k} {v:.4f}" for k, v in figures.items()))
-        report: dict[str, Any] = {"eval": figures}
-        if name == "conversation" and experiment.model.fusion != "none":
-            from train.evaluate import sight_report
-
-            report["answers"], said = sight_report.figures(trained, entry.FLAGS.batches * data.batch_size)
-            print("\n".join(sight_report.lines(report["answers"])))
-            if entry.FLAGS.page:
-                page = sight_report.page(experiment.name, report["answers"], said, 10)
-                entry.write_file("page", page)
-                print(f"ten of them, with their pictures: {entry.FLAGS.page}")
-        if name == "contrastive":
-            from train.evaluate import retrieval
-
-            report["retrieval"] = retrieval.figures(trained, entry.FLAGS.batches * data.batch_size)
-            for source, of_source in report["retrieval"].items():
-                recalls = "  ".join(f"{key} {value:.1%}" for key, value in of_source.items() if key != "count")
-                print(f"{source}, {of_source['count']} pairs of different texts: {recalls}")
-        entry.write_json(report)
-        return 0
-    compressed = compressor_figures(held_out_documents(data))
-    print(f"checkpoint {trained.step_dir}: {corpus.held_out_bytes:,} held-out bytes, {corpus.held_out_tokens:,} tokens")
-    print(f"loss {figures['loss']:.4f} nats per token, perplexity {figures['perplexity']:.2f}")
-    print("bits per byte on the same held-out bytes:")
-    for name, value in (
-        (f"  this model ({entry.FLAGS.batches or 'all'} batches)", figures["bits_per_byte"]),
-        ("  xz -9e", compressed["xz"]),
-        ("  zlib -9", compressed["zlib"]),
-    ):
-        print(f"{name:32}{value:.4f}")
+    told = "  ".join(f"{name} {value:.4f}" for name, value in figures.items())
+    print(f"checkpoint {trained.step_dir}, {experiment.objective.name}: {told}")
+    figures_of_all: dict[str, Any] = {"eval": figures}
+    if objective.report:
+        limit = batches * data.batch_size
+        report = objective.report(experiment, trained.weights, trained.tokenizer, corpus, figures, limit)
+        print("\n".join(report.lines))
+        figures_of_all |= report.figures
+        if entry.FLAGS.page:
+            entry.write_file("page", report.page())
+            print(f"ten of them, with their pictures: {entry.FLAGS.page}")
     print(f"({time.monotonic() - start:.1f} s)")
-    entry.write_json({"eval": figures, "compressors": compressed, "held_out_bytes": corpus.held_out_bytes})
+    entry.write_json(figures_of_all)
     return 0
 
 

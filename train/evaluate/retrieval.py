@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING
 
 import jax
 import numpy as np
@@ -12,14 +11,11 @@ from model.config import ModelConfig
 from model.kinds import build
 from model.place import Place
 from model.weights import Weights, bind
+from train.config import Experiment
 from train.data.chat.record import Conversation
 from train.data.chat.rows import good, last_answer, open_source, text_row
 from train.data.images.look import look
 from train.data.text.tokenizer import Tokenizer
-
-if TYPE_CHECKING:
-    from train.restore import Trained
-
 
 LIMIT = 1000  # pairs, among which each image and text is looked for
 ROWS = 100  # images at a time
@@ -38,21 +34,19 @@ def embedders(
 
     def of_texts(texts: Sequence[str]) -> np.ndarray:
         rows = [text_row(text, tokenizer, context) for text in texts]
-        tokens, segments, positions = (
-            np.stack([getattr(row, f) for row in rows]) for f in ("tokens", "segments", "positions")
-        )
+        tokens, segments, positions = (np.stack([row[f] for row in rows]) for f in ("tokens", "segments", "positions"))
         return np.asarray(read(weights, tokens, Place(segments, positions)))
 
     return of_images, of_texts
 
 
-def figures(trained: Trained, limit: int) -> dict[str, dict[str, float]]:
+def figures(experiment: Experiment, weights: Weights, tokenizer: Tokenizer, limit: int) -> dict[str, dict[str, float]]:
     """Of every source with a held-out side: recall at 1 and 5 from images to texts and back, and among how many.
 
     limit: the first so many pairs whose texts differ; 0: LIMIT. Bad records are read over.
     """
-    data, model = trained.experiment.data, trained.experiment.model
-    see, read = embedders(model, trained.weights, trained.tokenizer, data.context)
+    data, model = experiment.data, experiment.model
+    see, read = embedders(model, weights, tokenizer, data.context)
     found = {}
 
     def pair(conversation: Conversation) -> tuple[str, np.ndarray]:

@@ -12,30 +12,34 @@ from typing import Any
 
 import numpy as np
 
+from model.weights import Weights
+from train.config import Experiment
 from train.data.chat.record import IMAGE, Conversation
 from train.data.chat.rows import good, last_answer, open_source
 from train.data.images.decode import Limits, decode
 from train.data.made.made import answer
+from train.data.text.tokenizer import Tokenizer
 from train.evaluate import answers
-from train.restore import Trained
 
 KNOWN = 4000  # training records from which the best guess without looking is learned
 
 
-def figures(trained: Trained, limit: int) -> tuple[dict[str, dict[str, Any]], list[tuple[Conversation, str]]]:
+def figures(
+    experiment: Experiment, weights: Weights, tokenizer: Tokenizer, limit: int
+) -> tuple[dict[str, dict[str, Any]], list[tuple[Conversation, str]]]:
     """Accuracies of each source of data.sources with a held-out side, by kind of question; and the answers.
 
     Each source has `answers`, `whole` (with every word before the answer right too), `shuffled` (the same model, the
     images of other questions) and `blind` (the most frequent answer to the question), each a dictionary from kind to a
     share, and `count`. limit: questions of a source; 0: all.
     """
-    data, model = trained.experiment.data, trained.experiment.model
-    ask = answers.replier(model, trained.weights, trained.tokenizer, data, data.context, min(64, limit or 64))
+    data, model = experiment.data, experiment.model
+    ask = answers.replier(model, weights, tokenizer, data, data.context, min(64, limit or 64))
     found, said = {}, []
 
     def answerable(conversation: Conversation) -> Conversation:
         conversation = _up_to_answer(conversation)
-        answers.prompts([conversation], trained.tokenizer, data, model)
+        answers.prompts([conversation], tokenizer, data, model)
         return conversation
 
     for name in data.sources:

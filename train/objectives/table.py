@@ -1,25 +1,44 @@
-"""What a model may be trained to predict."""
+"""All objectives by the name that `objective.name` gives."""
 
 from __future__ import annotations
 
-# What objective.name may be, and the model.kind and model.head that it trains.
-OBJECTIVES = {
-    "next_token": ("decoder", "language"),
-    "masked": ("encoder", "language"),  # BERT (arXiv:1810.04805, section 3.1)
-    "classification": ("encoder", "pooled"),
-    "regression": ("encoder", "pooled"),
-    "multi_label": ("encoder", "pooled"),
-    "token_classification": ("encoder", "token"),
-    "span": ("encoder", "token"),  # the first and last token of an answer
-    "span_corruption": ("encoder_decoder", "language"),  # T5 (arXiv:1910.10683, section 3.1.4)
-    "sequence_to_sequence": ("encoder_decoder", "language"),
-    "conversation": ("decoder", "language"),  # what one side says, with images or without (train.data.chat.rows)
-    "contrastive": ("decoder", "language"),  # CLIP, SigLIP (train.losses.contrastive)
-    "image_classification": ("vision", "language"),
+from typing import TYPE_CHECKING
+
+from tpu.errors import UserError
+from train.objectives import (
+    contrastive,
+    conversation,
+    image_classification,
+    labels,
+    masked,
+    next_token,
+    sequence_to_sequence,
+    span_corruption,
+)
+from train.objectives.objective import Objective
+
+if TYPE_CHECKING:
+    from train.config import Experiment
+
+OBJECTIVES: dict[str, Objective] = {
+    "next_token": next_token.OBJECTIVE,
+    "masked": masked.OBJECTIVE,
+    "classification": labels.CLASSIFICATION,
+    "regression": labels.REGRESSION,
+    "multi_label": labels.MULTI_LABEL,
+    "token_classification": labels.TOKEN_CLASSIFICATION,
+    "span": labels.SPAN,
+    "span_corruption": span_corruption.OBJECTIVE,
+    "sequence_to_sequence": sequence_to_sequence.OBJECTIVE,
+    "conversation": conversation.OBJECTIVE,
+    "contrastive": contrastive.OBJECTIVE,
+    "image_classification": image_classification.OBJECTIVE,
 }
-# Objectives that read labelled records, and of these the ones whose head gives labels instead of tokens.
-LABELLED = ("classification", "regression", "multi_label", "token_classification", "span", "sequence_to_sequence")
-LABEL_HEADS = LABELLED[:-1]
-# Objectives that read conversations about images, and of these the ones that score by right answers.
-CONVERSATIONS = ("conversation", "contrastive", "image_classification")
-SCORED = (*LABEL_HEADS, *CONVERSATIONS[1:])
+
+
+def objective_of(experiment: Experiment) -> Objective:
+    """The objective that the experiment names. Raises UserError where there is none of that name."""
+    name = experiment.objective.name
+    if name not in OBJECTIVES:
+        raise UserError(f"objective.name={name!r}: valid: {', '.join(OBJECTIVES)}")
+    return OBJECTIVES[name]

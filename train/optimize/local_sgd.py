@@ -29,7 +29,7 @@ from model.weights import Weights
 from tpu import rules
 from train.config import OptimizerConfig
 from train.data.batch import Batch
-from train.state import Metrics, TrainState
+from train.state import Frozen, Metrics, TrainState
 
 
 class Replicas(NamedTuple):
@@ -49,8 +49,8 @@ class LocalState(NamedTuple):
 
 
 def localize(
-    init: Callable[[jax.Array], TrainState],
-    step: Callable[[TrainState, Batch], tuple[TrainState, Metrics]],
+    init: Callable[..., TrainState],
+    step: Callable[[TrainState, Batch, Frozen], tuple[TrainState, Metrics]],
     abstract_state: TrainState,
     in_parts: Any,
     config: OptimizerConfig,
@@ -62,8 +62,8 @@ def localize(
     `skipped_in_a_row` is their maximum, and the others are means weighted by the replicas' sums of loss weights.
 
     Args:
-      init: (key, weights or nothing) -> state, of the synchronous step.
-      step: (state, batch [B, T]) -> (state, metrics). It must leave the mesh axis of the replicas alone.
+      init: (key, frozen, weights or nothing) -> state, of the synchronous step.
+      step: (state, batch [B, T], frozen) -> (state, metrics). It must leave the mesh axis of the replicas alone.
       abstract_state: what `init` gives, laid out on the mesh.
       in_parts: the NamedSharding of what belongs to each weight.
 
@@ -75,24 +75,24 @@ def localize(
     replicas = mesh.shape[axis]
     common, own = PartitionSpec(), PartitionSpec(axis)
 
-    def init_local(key: jax.Array, weights: Weights | None = None) -> TrainState:
-        state = init(key, weights)
+    def init_local(key: jax.Array, frozen: Frozen, weights: Weights | None = None) -> TrainState:
+        state = init(key, frozen, weights)
         each = Replicas(state.weights, state.optimizer_state, state.skipped, state.skipped_in_a_row)
         each = jax.tree.map(lambda leaf: jnp.broadcast_to(leaf, (replicas, *leaf.shape)), each)
         momentum = jax.tree.map(lambda w: jnp.zeros(w.shape, jnp.float32), state.weights)
         return state._replace(optimizer_state=LocalState(each, momentum))
 
-    def step_local(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
+    def step_local(state: TrainState, batch: Batch, frozen: Frozen) -> tuple[TrainState, Metrics]:
         in_replicas = jax.shard_map(
             step_of_one,
             mesh=mesh,
-            in_specs=(common, common, LocalState(own, common), own),
+            in_specs=(common, common, LocalState(own, common), own, common),
             out_specs=(common, LocalState(own, common), common),
             axis_names={axis},
             check_vma=False,  # so that the step may hold shard_maps of its own
         )
         rest = state._replace(weights=None, optimizer_state=None)
-        weights, optimizer_state, metrics = in_replicas(rest, state.weights, state.optimizer_state, batch)
+        weights, optimizer_state, metrics = in_replicas(rest, state.weights, state.optimizer_state, batch, frozen)
         new = state._replace(
             step=state.step + 1,
             weights=weights,
@@ -103,12 +103,12 @@ def localize(
         return new, metrics
 
     def step_of_one(
-        rest: TrainState, weights: Weights, local: LocalState, batch: Batch
+        rest: TrainState, weights: Weights, local: LocalState, batch: Batch, frozen: Frozen
     ) -> tuple[Weights, LocalState, Metrics]:
         """On the devices of one replica: its part [1, ...] of what is its own, its rows [B / R, T]."""
         mine = jax.tree.map(lambda leaf: leaf[0], local.replicas)
         before = rest._replace(**mine._asdict(), key=jax.random.fold_in(rest.key, jax.lax.axis_index(axis)))
-        after, figures = step(before, batch)
+        after, figures = step(before, batch, frozen)
         weights, momentum, own_weights = jax.lax.cond(
             after.step % config.local_steps == 0,
             join,

@@ -33,17 +33,17 @@ from tpu.errors import UserError
 from tpu.mesh import make_mesh
 from train.adapter import __main__ as tool
 from train.adapter import weights as adapter_weights
-from train.adapter.frozen import open_base
+from train.adapter.frozen import open_frozen
 from train.budget.summary import summarize
 from train.checkpoint import checkpoint, manifest
 from train.config import AdapterConfig, DataConfig, Experiment, MeshConfig, OptimizerConfig
 from train.data.batch import Batch
 from train.finetune import on_base
+from train.program import make_program
 from train.resolve import resolve
 from train.restore import open_checkpoint
 from train.run import pretrain
 from train.signals import Stop
-from train.step import make_program
 from train.workdir import Workdir
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -96,13 +96,16 @@ def batch() -> Batch:
     tokens = rng.integers(0, VOCAB, (ROWS, TOKENS + 1)).astype(np.int32)
     segments = (1 + (np.arange(TOKENS) >= 6) * np.ones((ROWS, 1))).astype(np.int32)
     positions = np.where(segments == 2, np.arange(TOKENS) - 6, np.arange(TOKENS)).astype(np.int32)
-    return Batch(tokens[:, :-1], tokens[:, 1:], rng.random((ROWS, TOKENS)).astype(np.float32), segments, positions)
+    weights = rng.random((ROWS, TOKENS)).astype(np.float32)
+    return Batch(
+        tokens=tokens[:, :-1], targets=tokens[:, 1:], loss_weights=weights, segments=segments, positions=positions
+    )
 
 
 def logits(config: ModelConfig, weights: Any) -> jax.Array:
     given = batch()
     model = bind(kinds.build(config)[0], weights)
-    return model.head(model(given.tokens, Place(given.segments, given.positions))[0])
+    return model.head(model(given["tokens"], Place(given["segments"], given["positions"]))[0])
 
 
 def combined_logits(kind: str, config: ModelConfig) -> Callable[[Any, Any], jax.Array]:
@@ -253,16 +256,16 @@ def one_step(given: Experiment, seed: int = 0) -> tuple[Any, dict[str, float], A
     with jax.set_mesh(mesh):
         program = make_program(given, mesh)
         rng = np.random.default_rng(seed)
-        base = jax.tree.map(draw, program.abstract_base)
-        state = program.over(base).init(jax.random.key(3))
+        frozen = jax.tree.map(draw, program.abstract_frozen)
+        state = program.init(jax.random.key(3), frozen)
         state = state._replace(
             weights=jax.tree.map(lambda w, s: w + draw(s), state.weights, program.abstract_state.weights)
         )
         state = jax.device_put(state, jax.tree.map(lambda leaf: leaf.sharding, program.abstract_state))
-        state, metrics = program.over(base).step(state, batch())
-        metrics["evaluated"] = program.over(base).evaluate(state.weights, batch())["nll_sum"]
+        state, metrics = program.step(state, batch(), frozen)
+        metrics["evaluated"] = program.evaluate(state.weights, batch(), frozen).sums["nll"]
         gradient = jax.tree.map(np.asarray, optax.tree.get(state.optimizer_state, "trace"))
-        return gradient, {name: float(value) for name, value in metrics.items()}, jax.tree.map(np.asarray, base)
+        return gradient, {name: float(value) for name, value in metrics.items()}, jax.tree.map(np.asarray, frozen)
 
 
 AXES = ("data", "fsdp", "tensor", "sequence", "expert", "stage")
@@ -308,7 +311,7 @@ def test_leaves_lie_in_parts_as_their_axes_say():
     parts = lambda leaf: math.prod(leaf.shape) // math.prod(leaf.sharding.shard_shape(leaf.shape))  # noqa: E731
     found = {f"{m}.{f}": parts(block["mlp"][m]["kernel"][f]) for m in ("up", "down") for f in ("lora_a", "lora_b")}
     assert found == {"up.lora_a": 4, "up.lora_b": 2, "down.lora_a": 2, "down.lora_b": 4}
-    base = program.abstract_base["stack"]["groups"]["layer_0"]
+    base = program.abstract_frozen["model"]["stack"]["groups"]["layer_0"]
     assert parts(base["mlp"]["up"]["kernel"]) == 8
 
 
@@ -333,8 +336,7 @@ def test_no_gradient_is_computed_for_frozen_matrices(mesh):
         shapes = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype), batch())
         with jax.set_mesh(mesh_here):
             program = make_program(given, mesh_here)
-            base = () if program.abstract_base is None else (program.abstract_base,)
-            text = program.step.lower(program.abstract_state, shapes, *base).compile().as_text()
+            text = program.step.lower(program.abstract_state, shapes, program.abstract_frozen).compile().as_text()
         found.append(count(hlo.parse(text), dict(mesh_here.shape)).matmul_flops)
     assert 0.63 < found[1] / found[0] < 0.78
 
@@ -416,7 +418,7 @@ def finetuned(micro, trained_base) -> Callable[..., Experiment]:
         given = micro(**branches)
         # As flags leave it: not resolved.
         given = dataclasses.replace(given, model=ModelConfig(**branches.get("model", {})), adapter=KINDS[kind])
-        return on_base(given, open_base(trained_base))
+        return on_base(given, open_frozen(trained_base))
 
     return experiment_of
 
@@ -440,7 +442,7 @@ def weights_of(path: Path) -> Any:
 
 def test_a_run_leaves_its_base_alone_and_is_small(trained_base, finetuned, tmp_path, one_device):
     before = files(trained_base)
-    base = open_base(trained_base)
+    base = open_frozen(trained_base)
     given = finetuned("lora", run={"steps": 6})
     run(given, tmp_path / "lora", base)
     assert files(trained_base) == before
@@ -453,14 +455,14 @@ def test_a_run_leaves_its_base_alone_and_is_small(trained_base, finetuned, tmp_p
         "count",
     }
     meta = checkpoint.read_meta(checkpoint.find(tmp_path / "lora"))
-    assert meta["base"] == {"path": str(base.step_dir.resolve()), "digest": manifest.digest(base.step_dir)}
+    assert meta["frozen"]["model"] == {"path": str(base.step_dir.resolve()), "digest": manifest.digest(base.step_dir)}
     opened, old = open_checkpoint(tmp_path / "lora"), open_checkpoint(trained_base)
     moved = jax.tree.map(lambda a, b: bool((a != b).any()), opened.weights, old.weights)
     assert {jax.tree_util.keystr(p[-1:]) for p, m in jax.tree.leaves_with_path(moved) if m} == {"['kernel']"}
 
 
 def test_stopped_and_resumed_is_the_uninterrupted_run_to_the_bit(trained_base, finetuned, tmp_path):
-    base = open_base(trained_base)
+    base = open_frozen(trained_base)
     run(finetuned("rslora", run={"steps": 5}), tmp_path / "whole", base)
     run(finetuned("rslora", run={"steps": 2}), tmp_path / "parts", base)
     run(finetuned("rslora", run={"steps": 5}), tmp_path / "parts", base)
@@ -472,22 +474,22 @@ def test_stopped_and_resumed_is_the_uninterrupted_run_to_the_bit(trained_base, f
 
 @pytest.mark.parametrize("kind", ["dora", "prefix"])
 def test_merged_is_an_ordinary_checkpoint(kind, trained_base, finetuned, tmp_path):
-    run(finetuned(kind, run={"steps": 3}), tmp_path / "run", open_base(trained_base))
+    run(finetuned(kind, run={"steps": 3}), tmp_path / "run", open_frozen(trained_base))
     tool.merge(tmp_path / "run", tmp_path / "merged")
     meta = checkpoint.read_meta(checkpoint.find(tmp_path / "merged"))
-    assert "base" not in meta
+    assert not meta["frozen"]
     assert meta["experiment"]["adapter"]["kind"] == "none"
     one, two = open_checkpoint(tmp_path / "run"), open_checkpoint(tmp_path / "merged")
     for x, y in zip(jax.tree.leaves(one.weights), jax.tree.leaves(two.weights), strict=True):
         np.testing.assert_array_equal(x, y)
-    again = open_base(tmp_path / "merged")  # which may be the base of another
+    again = open_frozen(tmp_path / "merged")  # which may be the base of another
     assert again.experiment.adapter == AdapterConfig()
     with pytest.raises(UserError, match="is no adapter; there is nothing to merge"):
         tool.merge(tmp_path / "merged", tmp_path / "twice")
     with pytest.raises(UserError, match=r"merged: exists already"):
         tool.merge(tmp_path / "run", tmp_path / "merged")
     with pytest.raises(UserError, match=r"is an adapter itself; .* train.adapter merge"):
-        open_base(tmp_path / "run")
+        open_frozen(tmp_path / "run")
     if kind == "prefix":
         with pytest.raises(UserError, match=r"adapter.kind='prefix': only 'lora' and 'dora'"):
             tool.export(tmp_path / "run", tmp_path / "peft")
@@ -496,7 +498,7 @@ def test_merged_is_an_ordinary_checkpoint(kind, trained_base, finetuned, tmp_pat
 
 
 def test_exported_and_imported(trained_base, finetuned, tmp_path):
-    run(finetuned("lora", run={"steps": 3}), tmp_path / "run", open_base(trained_base))
+    run(finetuned("lora", run={"steps": 3}), tmp_path / "run", open_frozen(trained_base))
     tool.export(tmp_path / "run", tmp_path / "peft")
     tool.import_peft(tmp_path / "peft", trained_base, tmp_path / "imported")
     one, two = open_checkpoint(tmp_path / "run"), open_checkpoint(tmp_path / "imported")
@@ -505,10 +507,10 @@ def test_exported_and_imported(trained_base, finetuned, tmp_path):
 
 
 def test_an_adapter_knows_its_base(trained_base, finetuned, micro, tmp_path):
-    run(finetuned("lora", run={"steps": 2}), tmp_path / "run", open_base(trained_base))
+    run(finetuned("lora", run={"steps": 2}), tmp_path / "run", open_frozen(trained_base))
     run(micro(run={"steps": 1, "seed": 1}), tmp_path / "other")
-    with pytest.raises(UserError, match=r"run holds an adapter on the checkpoint .* and .*other.* is another"):
-        run(finetuned("lora", run={"steps": 3}), tmp_path / "run", open_base(tmp_path / "other"))
+    with pytest.raises(UserError, match=r"run was trained with the checkpoint .* and .*other.* is another"):
+        run(finetuned("lora", run={"steps": 3}), tmp_path / "run", open_frozen(tmp_path / "other"))
     with pytest.raises(UserError, match=r"holds another checkpoint \(.*give --base=DIR"):
         open_checkpoint(tmp_path / "run", base=str(tmp_path / "other"))
     with pytest.raises(UserError, match=r"holds no checkpoint; give --base=DIR"):
@@ -523,7 +525,7 @@ def test_the_base_decides_on_model_and_tokenizer(finetuned, trained_base):
     assert finetuned(model={"embed_dim": 32}).model.embed_dim == 32
     with pytest.raises(UserError, match=r"model.embed_dim=64: the base decides, and has 32"):
         finetuned(model={"embed_dim": 64})
-    base = open_base(trained_base)
+    base = open_frozen(trained_base)
     with pytest.raises(UserError, match=r"data.tokenizer='other.json': the base decides, and has 'bytes'"):
         on_base(Experiment(data=DataConfig(tokenizer="other.json"), adapter=KINDS["lora"]), base)
     with pytest.raises(UserError, match=r"adapter.kind='none': nothing to train; valid: lora"):
@@ -579,7 +581,7 @@ def test_it_learns_another_corpus_and_the_base_keeps_its_own(kind, patched, tmp_
     first = {"sources": (str(tmp_path / "one.jsonl"),)}
     model = {"attention_bias": True, "mlp_bias": True, "residual_dropout": 0.0}
     run(micro(model=model, data=first, run={"steps": 300}), tmp_path / "base")
-    base = open_base(tmp_path / "base")
+    base = open_frozen(tmp_path / "base")
     other = micro(
         data={"sources": (str(tmp_path / "two.jsonl"),)}, run={"steps": 300}, optimizer={"learning_rate": 1e-2}
     )

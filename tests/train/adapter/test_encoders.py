@@ -25,16 +25,16 @@ from tpu import host
 from tpu.errors import UserError
 from train.adapter import peft
 from train.adapter import weights as adapter_weights
-from train.adapter.frozen import open_base
+from train.adapter.frozen import open_frozen
 from train.benchmark import drawn_batch
 from train.checkpoint import checkpoint
 from train.config import AdapterConfig, DataConfig, Experiment, ObjectiveConfig, OptimizerConfig
 from train.finetune import on_base
+from train.program import make_program
 from train.resolve import resolve
 from train.restore import open_checkpoint
 from train.run import pretrain
 from train.signals import Stop
-from train.step import make_program
 from train.workdir import Workdir
 
 EVERY = (r"attention|mlp|cross",)
@@ -80,18 +80,20 @@ def test_it_trains_and_merges(kind, model, one_device):
     with jax.set_mesh(one_device):
         program = make_program(given, one_device)
         rng = np.random.default_rng(0)
-        base = jax.tree.map(lambda w: jnp.asarray(0.3 * rng.normal(size=w.shape), w.dtype), program.abstract_base)
+        base = jax.tree.map(
+            lambda w: jnp.asarray(0.3 * rng.normal(size=w.shape), w.dtype), program.abstract_frozen["model"]
+        )
         before = jax.tree.map(np.array, base)
-        program = program.over(base)
-        state, losses = program.init(jax.random.key(0)), []
+        frozen = {"model": base}
+        state, losses = program.init(jax.random.key(0), frozen), []
         for _ in range(6):
-            state, metrics = program.step(state, rows)
+            state, metrics = program.step(state, rows, frozen)
             losses.append(float(metrics["loss"]))
-        unmerged = program.evaluate(state.weights, rows)["nll_sum"]
+        unmerged = program.evaluate(state.weights, rows, frozen).sums["nll"]
         plain = make_program(dataclasses.replace(given, adapter=AdapterConfig()), one_device)
         merged = adapter_weights.merged(given.adapter, base, state.weights)
         assert jax.tree.structure(merged) == jax.tree.structure(plain.abstract_state.weights)
-        found = plain.evaluate(merged, rows)["nll_sum"]
+        found = plain.evaluate(merged, rows, {}).sums["nll"]
     assert losses[-1] < losses[0] - 2e-3
     jax.tree.map(np.testing.assert_array_equal, base, before)
     np.testing.assert_allclose(found, unmerged, rtol=1e-5)
@@ -185,7 +187,7 @@ def test_commands_take_it(model, micro, tmp_path, monkeypatch):
         assert "eval" in (tmp_path / name / "metrics.jsonl").read_text()
 
     run(given, "base")
-    base = open_base(tmp_path / "base")
+    base = open_frozen(tmp_path / "base")
     adapter = ADAPTERS["prefix" if model == "bert" else "lora"]
     adapted = on_base(dataclasses.replace(given, model=ModelConfig(), adapter=adapter), base)
     run(adapted, "run", base)
@@ -194,10 +196,10 @@ def test_commands_take_it(model, micro, tmp_path, monkeypatch):
     rows = drawn_batch(found.experiment)
     with jax.set_mesh(found.mesh):
         program = make_program(found.experiment, found.mesh)
-        below = checkpoint.load_weights(base.step_dir, program.abstract_base)
+        below = checkpoint.load_weights(base.step_dir, program.abstract_frozen["model"])
         weights = checkpoint.load_weights(found.step_dir, program.abstract_state.weights)
-        wanted = float(program.over(below).evaluate(weights, rows)["nll_sum"])
-        assert float(found.evaluate(found.weights, rows)["nll_sum"]) == pytest.approx(
+        wanted = float(program.evaluate(weights, rows, {"model": below}).sums["nll"])
+        assert float(found.evaluate(found.weights, rows).sums["nll"]) == pytest.approx(
             wanted, rel=1e-2
         )  # perhaps in bfloat16
     if model == "t5":

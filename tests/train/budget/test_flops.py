@@ -14,8 +14,9 @@ from tpu.compile.hlo_counts import count
 from train.budget.flops import decoding_flops_per_token, flops_per_token, operations
 from train.budget.products import weight_products
 from train.config import AdapterConfig, DataConfig, Experiment, ObjectiveConfig, OptimizerConfig
+from train.layout import abstract_batch
+from train.program import make_program
 from train.resolve import resolve
-from train.step import abstract_batch, make_program
 
 ROWS = 2
 VIT = {"encoder": "vit", "image_size": 32, "patch_size": 4, "layers": 3, "embed_dim": 48, "heads": 4}
@@ -79,11 +80,10 @@ def compiled(experiment: Experiment, mesh: jax.sharding.Mesh, trains: bool) -> i
     with jax.set_mesh(mesh):
         program = make_program(experiment, mesh)
         state, batch = program.abstract_state, abstract_batch(experiment)
-        base = () if program.abstract_base is None else (program.abstract_base,)
         if trains:
-            lowered = program.step.lower(state, batch, *base)
+            lowered = program.step.lower(state, batch, program.abstract_frozen)
         else:
-            lowered = jax.jit(program.evaluate).lower(state.weights, batch)
+            lowered = jax.jit(program.evaluate).lower(state.weights, batch, program.abstract_frozen)
         return count(hlo.parse(lowered.compile().as_text()), dict(mesh.shape)).matmul_flops
 
 

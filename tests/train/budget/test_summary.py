@@ -18,8 +18,8 @@ from tpu.mesh import make_mesh
 from train.budget.flops import flops_per_token
 from train.budget.summary import human_bytes, parameter_counts, print_summary, summarize
 from train.config import DataConfig, Experiment, MeshConfig, OptimizerConfig, RunConfig
+from train.program import make_program
 from train.resolve import resolve
-from train.step import make_program
 from train.tree import from_dict
 
 

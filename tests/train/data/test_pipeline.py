@@ -20,7 +20,7 @@ import pytest
 from tpu.errors import UserError
 from train.config import DataConfig
 from train.data import pipeline
-from train.data.batch import Batch
+from train.data.batch import Batch, text_layout
 from train.data.corpus import held_out_documents, load_corpus
 from train.data.text.packing import PackedRows
 from train.data.text.tokenizer import ByteTokenizer, train_bpe
@@ -46,9 +46,10 @@ def take(count: int, corpus, data, seed=0, start=0, rows=()) -> list[Batch]:
 
 
 def ids(batches: list[Batch]) -> list[int]:
-    return [int(i) for batch in batches for i in batch.tokens[:, 0]]
+    return [int(i) for batch in batches for i in batch["tokens"][:, 0]]
 
 
+LAYOUT = text_layout(4, CONTEXT, 257)
 ONE = corpus_of(rows_of(0, 20))
 TWO = corpus_of(rows_of(0, 20), rows_of(1000, 30))
 
@@ -65,9 +66,9 @@ def assert_equal(a: list[Batch], b: list[Batch]) -> None:
 
 def test_shapes_and_dtypes():
     (batch,) = take(1, ONE, config())
-    assert isinstance(batch, Batch)
-    assert {array.shape for array in jax.tree.leaves(batch)} == {(4, CONTEXT)}
-    assert [str(array.dtype) for array in jax.tree.leaves(batch)] == ["int32", "int32", "float32", "int32", "int32"]
+    assert {name: (array.shape, str(array.dtype)) for name, array in batch.items()} == {
+        name: ((4, CONTEXT), field.dtype) for name, field in LAYOUT.items()
+    }
 
 
 @pytest.mark.parametrize("corpus", [ONE, TWO])
@@ -175,9 +176,9 @@ def test_load_covers_all_sources(files):
     assert len(corpus.train) == len(corpus.held_out) == 2
     held_out = list(held_out_documents(files))
     assert corpus.held_out_bytes == sum(len(text.encode()) for text in held_out) > 0
-    batches = list(pipeline.held_out_batches(corpus, files, 3))
-    assert corpus.held_out_tokens == sum(batch.loss_weights.sum() for batch in batches)
-    tokens = np.concatenate([batch.tokens[batch.loss_weights > 0] for batch in batches])
+    batches = list(pipeline.held_out_batches(corpus, files, LAYOUT, 3))
+    assert corpus.held_out_tokens == sum(batch["loss_weights"].sum() for batch in batches)
+    tokens = np.concatenate([batch["tokens"][batch["loss_weights"] > 0] for batch in batches])
     starts = np.flatnonzero(tokens == 256)
     assert [corpus.tokenizer.decode(part) for part in np.split(tokens, starts)[1:]] == held_out
     json.dumps(corpus.report)
@@ -186,22 +187,18 @@ def test_load_covers_all_sources(files):
 def test_held_out_batches_are_whole_and_can_be_limited(files):
     corpus = load_corpus(files)
     rows = sum(len(rows) for rows in corpus.held_out)
-    batches = list(pipeline.held_out_batches(corpus, files, rows - 1))
-    assert [batch.tokens.shape for batch in batches] == [(rows - 1, CONTEXT)] * 2
-    assert batches[1].segments[0].any()
-    assert not batches[1].segments[1:].any()
-    assert not batches[1].loss_weights[1:].any()
-    assert [str(array.dtype) for array in jax.tree.leaves(batches[1])] == [
-        "int32",
-        "int32",
-        "float32",
-        "int32",
-        "int32",
-    ]
-    assert_equal(list(pipeline.held_out_batches(corpus, files, rows - 1, limit=1)), batches[:1])
+    batches = list(pipeline.held_out_batches(corpus, files, LAYOUT, rows - 1))
+    assert [batch["tokens"].shape for batch in batches] == [(rows - 1, CONTEXT)] * 2
+    assert batches[1]["segments"][0].any()
+    assert not batches[1]["segments"][1:].any()
+    assert not batches[1]["loss_weights"][1:].any()
+    assert {name: str(array.dtype) for name, array in batches[1].items()} == {
+        name: field.dtype for name, field in LAYOUT.items()
+    }
+    assert_equal(list(pipeline.held_out_batches(corpus, files, LAYOUT, rows - 1, limit=1)), batches[:1])
     mine = [0, 2, rows - 2]
     parts = [jax.tree.map(lambda array: array[mine], batch) for batch in batches]
-    assert_equal(list(pipeline.held_out_batches(corpus, files, rows - 1, rows=mine)), parts)
+    assert_equal(list(pipeline.held_out_batches(corpus, files, LAYOUT, rows - 1, rows=mine)), parts)
 
 
 def test_held_out_and_train_share_no_document(files):
@@ -209,7 +206,7 @@ def test_held_out_and_train_share_no_document(files):
 
     def documents(sides):
         text = "".join(
-            corpus.tokenizer.decode(row.tokens) for rows in sides for row in map(rows.__getitem__, range(len(rows)))
+            corpus.tokenizer.decode(row["tokens"]) for rows in sides for row in map(rows.__getitem__, range(len(rows)))
         )
         return {f"{name} document {n}:" for name in "ab" for n in range(50) if f"{name} document {n}:" in text}
 
@@ -221,7 +218,7 @@ def test_held_out_and_train_share_no_document(files):
 def test_no_held_out_set(files):
     corpus = load_corpus(dataclasses.replace(files, holdout=0.0))
     assert (corpus.held_out, corpus.held_out_bytes, corpus.held_out_tokens) == ((), 0, 0)
-    assert list(pipeline.held_out_batches(corpus, files, 4)) == []
+    assert list(pipeline.held_out_batches(corpus, files, LAYOUT, 4)) == []
     assert list(held_out_documents(dataclasses.replace(files, holdout=0.0))) == []
 
 
@@ -270,9 +267,9 @@ def test_a_text_shorter_than_a_row_trains_padded(tmp_path):
     (tmp_path / "x.txt").write_text("hi")
     data = config(sources=(f"{tmp_path}/x.txt",), holdout=0.0, tokenizer="bytes", cache_dir=str(tmp_path), batch_size=2)
     (batch,) = take(1, load_corpus(data), data)
-    assert batch.tokens[0].tolist() == [256, 104, 105] + [256] * 5
-    assert batch.targets[0].tolist() == [104, 105, 256] + [256] * 5
-    assert batch.loss_weights[0].tolist() == [1, 1, 1, 0, 0, 0, 0, 0]
+    assert batch["tokens"][0].tolist() == [256, 104, 105] + [256] * 5
+    assert batch["targets"][0].tolist() == [104, 105, 256] + [256] * 5
+    assert batch["loss_weights"][0].tolist() == [1, 1, 1, 0, 0, 0, 0, 0]
 
 
 def test_importing_the_data_path_imports_nothing_heavy():

@@ -20,9 +20,9 @@ from tpu.errors import UserError
 from train.config import DataConfig, Experiment, LossConfig, MeshConfig, OptimizerConfig, RunConfig
 from train.data.batch import Batch
 from train.optimize.balance import balance_figures, balance_loss, loads, rebalanced, router_z_loss
+from train.program import make_program
 from train.resolve import resolve
 from train.state import TrainState
-from train.step import make_program
 
 ROWS, TOKENS, VOCAB = 32, 16, 20
 
@@ -100,7 +100,7 @@ def with_decided_routers(state: TrainState) -> TrainState:
 def one_step(found: Experiment, mesh: jax.sharding.Mesh, rows: Batch) -> tuple[TrainState, dict[str, float]]:
     with jax.set_mesh(mesh):
         program = make_program(found, mesh)
-        state, metrics = program.step(with_decided_routers(program.init(jax.random.key(0))), rows)
+        state, metrics = program.step(with_decided_routers(program.init(jax.random.key(0), {})), rows, {})
     return state, {name: value.item() for name, value in metrics.items()}
 
 
@@ -123,9 +123,9 @@ def test_the_bias_of_a_frozen_router_stays(one_device):
     found = experiment({"router_bias": True}, optimizer={"frozen": (r"^stack\b",)})
     with jax.set_mesh(one_device):
         program = make_program(found, one_device)
-        state = program.init(jax.random.key(0))
+        state = program.init(jax.random.key(0), {})
         before = jax.tree.map(np.asarray, state.weights)
-        after = jax.tree.map(np.asarray, program.step(state, batch(0))[0].weights)
+        after = jax.tree.map(np.asarray, program.step(state, batch(0), {})[0].weights)
     for a, b in zip(jax.tree.leaves(before["stack"]), jax.tree.leaves(after["stack"]), strict=True):
         np.testing.assert_array_equal(a, b)
     assert not np.array_equal(before["embedding"]["embedding"], after["embedding"]["embedding"])
@@ -134,7 +134,7 @@ def test_the_bias_of_a_frozen_router_stays(one_device):
 def test_padding_counts_nowhere(one_device):
     """Other tokens in the padding change nothing at all."""
     rows = batch(1)
-    other = rows._replace(tokens=np.where(rows.segments > 0, rows.tokens, 7))
+    other = rows | {"tokens": np.where(rows["segments"] > 0, rows["tokens"], 7)}
     found = experiment({"capacity_factor": 1.0}, loss={"balance_loss": 0.5, "router_z_loss": 0.1})
     (one, figures), (two, same) = one_step(found, one_device, rows), one_step(found, one_device, other)
     assert figures == pytest.approx(same, rel=1e-6)
@@ -150,16 +150,23 @@ def chain(seed: int) -> Batch:
     for t in range(TOKENS):
         tokens[:, t + 1] = np.where(rng.random(ROWS) < 0.8, (3 * tokens[:, t] + 1) % VOCAB, tokens[:, t + 1])
     ones = np.ones((ROWS, TOKENS), np.int32)
-    return Batch(tokens[:, :-1], tokens[:, 1:], ones.astype(np.float32), ones, ones.cumsum(1, dtype=np.int32) - 1)
+    steps = ones.cumsum(1, dtype=np.int32) - 1
+    return Batch(
+        tokens=tokens[:, :-1],
+        targets=tokens[:, 1:],
+        loss_weights=ones.astype(np.float32),
+        segments=ones,
+        positions=steps,
+    )
 
 
 def run(found: Experiment, mesh: jax.sharding.Mesh, steps: int) -> tuple[dict[str, float], TrainState]:
     """Means of the figures of the last ten steps, and the last state."""
     with jax.set_mesh(mesh):
         program = make_program(found, mesh)
-        state, figures = with_decided_routers(program.init(jax.random.key(1))), []
+        state, figures = with_decided_routers(program.init(jax.random.key(1), {})), []
         for step in range(steps):
-            state, metrics = program.step(state, chain(step))
+            state, metrics = program.step(state, chain(step), {})
             figures.append({name: value.item() for name, value in metrics.items()})
     assert figures[0]["nll"] > 2.9
     return {name: float(np.mean([f[name] for f in figures[-10:]])) for name in figures[0]}, state

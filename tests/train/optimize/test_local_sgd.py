@@ -30,12 +30,12 @@ from train.config import DataConfig, Experiment, MeshConfig, OptimizerConfig, Ru
 from train.data import pipeline
 from train.data.batch import Batch
 from train.optimize.local_sgd import outer_update
+from train.program import Program, make_program
 from train.resolve import on, resolve
 from train.restore import open_checkpoint
 from train.run import pretrain
 from train.signals import Stop
 from train.state import TrainState
-from train.step import Program, make_program
 from train.workdir import Workdir
 
 ROWS, TOKENS, VOCAB = 8, 16, 20
@@ -110,9 +110,9 @@ def trained(experiment: Experiment, batches: list[Batch]) -> tuple[TrainState, l
     program, mesh = made(experiment)
     found = []
     with jax.set_mesh(mesh):
-        state = program.init(jax.random.key(0))
+        state = program.init(jax.random.key(0), {})
         for batch in batches:
-            state, metrics = program.step(state, batch)
+            state, metrics = program.step(state, batch, {})
             found.append(figures(metrics))
     return state, found
 
@@ -164,13 +164,13 @@ def one_by_one(batches: list[Batch], replicas: int) -> tuple[list[Any], list[lis
     outer = changed().optimizer
     metrics = []
     with jax.set_mesh(mesh):
-        states = [program.init(jax.random.key(0)) for _ in range(replicas)]
+        states = [program.init(jax.random.key(0), {}) for _ in range(replicas)]
         common = copied(states[0].weights)
         momentum = jax.tree.map(np.zeros_like, common)
         for number, batch in enumerate(batches, 1):
             metrics.append([])
             for r in range(replicas):
-                states[r], found = program.step(states[r], share(batch, r, replicas))
+                states[r], found = program.step(states[r], share(batch, r, replicas), {})
                 metrics[-1].append(figures(found))
             if number % LOCAL["local_steps"] == 0:
                 ends = [copied(state.weights) for state in states]
@@ -187,7 +187,7 @@ def one_by_one(batches: list[Batch], replicas: int) -> tuple[list[Any], list[lis
 def test_replicas_are_runs_of_their_own_until_they_are_joined():
     """AdamW, clipping and Nesterov over two and two thirds rounds; loss weights that differ; a NaN in one share."""
     batches = [drawn_batch(seed, ragged=True) for seed in range(8)]
-    batches[4].loss_weights[2, 3] = np.nan
+    batches[4]["loss_weights"][2, 3] = np.nan
     wanted, wanted_metrics, common = one_by_one(batches, 4)
     state, metrics = trained(changed(mesh={"data": 4, "fsdp": 2}, optimizer=LOCAL), batches)
     assert_close(copied(state.weights), common, 1e-5)
@@ -228,7 +228,7 @@ def test_replicas_draw_dropout_of_their_own(program):
     batch = jax.tree.map(lambda a: np.concatenate([a[: ROWS // 4]] * 4), drawn_batch(0))
     program, mesh = program
     with jax.set_mesh(mesh):
-        without, _ = program.step(program.init(jax.random.key(0)), batch)
+        without, _ = program.step(program.init(jax.random.key(0), {}), batch, {})
     assert same_bits(of_replica(without, 0), of_replica(without, 1))
     experiment = changed(mesh={"data": 4, "fsdp": 2}, model={"residual_dropout": 0.5}, optimizer=LOCAL)
     state, _ = trained(experiment, [batch])
@@ -242,10 +242,10 @@ def test_replicas_are_bitwise_equal_after_an_outer_step_and_differ_between(progr
     program, mesh = program
     equal, at_common = [], []
     with jax.set_mesh(mesh):
-        state = program.init(jax.random.key(0))
+        state = program.init(jax.random.key(0), {})
         for step in range(6):
             before = copied(state.weights)
-            state, _ = program.step(state, drawn_batch(step))
+            state, _ = program.step(state, drawn_batch(step), {})
             equal.append([same_bits(of_replica(state, r), state.weights) for r in range(4)])
             at_common.append(same_bits(before, state.weights))
             for leaf in jax.tree.leaves(state.weights):  # The copies on different devices, too.
@@ -259,7 +259,7 @@ def test_every_replica_lies_on_its_own_devices_and_the_outer_momentum_in_parts()
     experiment = changed(mesh={"data": 4, "fsdp": 2, "zero": 2}, optimizer=LOCAL)
     program, mesh = made(experiment)
     with jax.set_mesh(mesh):
-        state = program.init(jax.random.key(0))
+        state = program.init(jax.random.key(0), {})
     for leaf, wanted in zip(jax.tree.leaves(state), jax.tree.leaves(program.abstract_state), strict=True):
         assert (leaf.shape, leaf.dtype, leaf.sharding) == (wanted.shape, wanted.dtype, wanted.sharding)
     local = state.optimizer_state
@@ -277,16 +277,16 @@ def test_every_replica_lies_on_its_own_devices_and_the_outer_momentum_in_parts()
 def test_a_checkpoint_between_exchanges_loses_no_bit(program, tmp_path):
     program, mesh = program
     with jax.set_mesh(mesh):
-        state = program.init(jax.random.key(0))
+        state = program.init(jax.random.key(0), {})
         checkpointer = Checkpointer(tmp_path, RunConfig())
         for step in range(7):
             if step == 4:
                 checkpointer.save(step, state, {})
                 assert checkpointer.wait()
-            state, _ = program.step(state, drawn_batch(step))
+            state, _ = program.step(state, drawn_batch(step), {})
         again, _, first = checkpointer.restore(program.abstract_state)
         for step in range(first, 7):
-            again, _ = program.step(again, drawn_batch(step))
+            again, _ = program.step(again, drawn_batch(step), {})
         checkpointer.close()
     assert first == 4
     assert same_bits(state, again)
@@ -318,7 +318,7 @@ def talk(experiment: Experiment) -> tuple[dict[tuple[str, str], int], dict[tuple
     program, mesh = made(experiment)
     batch = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype), drawn_batch(0))
     with jax.set_mesh(mesh):
-        module = hlo.parse(program.step.lower(program.abstract_state, batch).compile().as_text())
+        module = hlo.parse(program.step.lower(program.abstract_state, batch, {}).compile().as_text())
 
     def sent(module: hlo.Module) -> dict[tuple[str, str], int]:
         found = count(module, dict(mesh.shape)).collectives
@@ -342,7 +342,7 @@ def test_eight_local_steps_learn_about_as_well_as_synchronous_ones():
         rng = np.random.default_rng(seed)
         first, stride = rng.integers(0, VOCAB, (ROWS, 1)), rng.integers(1, 4, (ROWS, 1))
         tokens = ((first + stride * np.arange(TOKENS + 1)) % VOCAB).astype(np.int32)
-        return drawn_batch(0)._replace(tokens=tokens[:, :-1], targets=tokens[:, 1:])
+        return drawn_batch(0) | {"tokens": tokens[:, :-1], "targets": tokens[:, 1:]}
 
     losses = {}
     for case, replicas, local_steps in (("synchronous", 4, 0), ("local", 4, 8), ("alone", 1, 0)):
@@ -353,8 +353,8 @@ def test_eight_local_steps_learn_about_as_well_as_synchronous_ones():
         program, mesh = made(experiment)
         with jax.set_mesh(mesh):
             batches = [share(counting(seed), 0, ROWS // rows) for seed in range(1000, 1016)]
-            sums = [figures(program.evaluate(state.weights, batch)) for batch in batches]
-        losses[case] = sum(s["nll_sum"] for s in sums) / sum(s["loss_tokens"] for s in sums)
+            told = [program.evaluate(state.weights, batch, {}) for batch in batches]
+        losses[case] = sum(float(t.sums["nll"]) for t in told) / sum(float(t.weights["nll"]) for t in told)
     assert losses["local"] < 1.1 * losses["synchronous"]
     assert losses["local"] < 0.7 * losses["alone"]  # what one replica learns from its share
 

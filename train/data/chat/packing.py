@@ -29,6 +29,7 @@ from train.data.images.tiles import best_grid
 from train.data.text import cache
 from train.data.text.tokenizer import Tokenizer
 
+SIGHT = ("image_slots", "images_seen", "given")  # the fields of rows that only models that see take
 OPEN_ROWS = 64  # that are looked at for room
 CODE = ("packing", "template", "llava", "sources", "tar_shards")  # files here that sizes depend on
 
@@ -67,7 +68,7 @@ def joined(parts: Sequence[Part], data: DataConfig, model: ModelConfig) -> Batch
     if len(parts) > 1 and sum(len(part.ids) - 1 for part in tokens) > data.context:
         raise UserError(f"{parts[0].looked.conversation.key}: its images have changed since data.sources was opened")
     fields = row_fields(tokens, assembly_of(data), turned if sees else None)
-    return Batch(**{name: fields[name] for name in fields if sees or name in Batch._fields[:5]}, **images)
+    return {name: fields[name] for name in fields if sees or name not in SIGHT} | images
 
 
 def joined_images(parts: Sequence[dict[str, np.ndarray]], native: bool) -> dict[str, np.ndarray]:

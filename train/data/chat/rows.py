@@ -133,9 +133,10 @@ def _text_row(text: list[int], tokenizer: Tokenizer, context: int) -> Batch:
     ids = [tokenizer.beginning, *text[: context - 2], end][:context]
     tokens = np.full(context, end, np.int32)
     tokens[: len(ids)] = ids
-    there = (np.arange(context) < len(ids)).astype(np.int32)
-    weights = (np.arange(context) == 0).astype(np.float32)
-    return Batch(tokens, tokens, weights, there, np.arange(context, dtype=np.int32) * there)
+    there, steps = (np.arange(context) < len(ids)).astype(np.int32), np.arange(context, dtype=np.int32)
+    weights = (steps == 0).astype(np.float32)
+    found = {"tokens": tokens, "targets": tokens, "loss_weights": weights}
+    return found | {"segments": there, "positions": steps * there}
 
 
 def caption_row(
@@ -145,14 +146,14 @@ def caption_row(
     text, image = tokenizer.encode(last_answer(conversation)), _one_image(conversation, data, model)
     if len(text) > data.context - 2:
         counts["cut_texts"] += 1
-    return _text_row(text, tokenizer, data.context)._replace(**image)
+    return _text_row(text, tokenizer, data.context) | image
 
 
 def class_row(conversation: Conversation, names: dict[str, int], data: DataConfig, model: ModelConfig) -> Batch:
     """A row [1] of an image and its class, which what the assistant says last is the name of."""
     one, target = np.ones(1, np.int32), np.array([names[last_answer(conversation)]], np.int32)
-    row = Batch(0 * one, target, one.astype(np.float32), one, 0 * one)
-    return row._replace(**_one_image(conversation, data, model))
+    row = {"tokens": 0 * one, "targets": target, "loss_weights": one.astype(np.float32)}
+    return row | {"segments": one, "positions": 0 * one} | _one_image(conversation, data, model)
 
 
 def _one_image(conversation: Conversation, data: DataConfig, model: ModelConfig) -> dict[str, np.ndarray]:
@@ -198,25 +199,24 @@ class Conversations:
     reports: list[dict[str, Any]]
 
 
-def load(data: DataConfig, objective: str, model: ModelConfig, tokenizer: Tokenizer) -> Conversations:
-    """Opens all of data.sources for an objective of `train.objectives.CONVERSATIONS`. Raises UserError."""
-    sources = [open_source(name, data, model.vision.image_size) for name in data.sources]
-    names: tuple[str, ...] = ()
-    if objective == "image_classification":
-        names = class_names(sources, model.labels, data)
-    numbers = {name: number for number, name in enumerate(names)}
+def open_sources(data: DataConfig, model: ModelConfig) -> list[ConversationSource]:
+    """Opens all of data.sources. Raises UserError."""
+    return [open_source(name, data, model.vision.image_size) for name in data.sources]
 
-    def make(conversation: Conversation, counts: Counter[str]) -> Any:
-        if objective == "image_classification":
-            return class_row(conversation, numbers, data, model)
-        part = caption_row if objective == "contrastive" else packing.part
-        return part(conversation, tokenizer, data, model, counts)
+
+def load(
+    sources: Sequence[ConversationSource],
+    data: DataConfig,
+    make: Callable[[Conversation, Counter[str]], Any],
+    names: tuple[str, ...] = (),
+    join: Callable[[list[Any]], Batch] = lambda parts: parts[0],
+    groups: Callable[[ConversationSource, str, Side], Sequence[Sequence[int]] | None] = lambda source, name, side: None,
+) -> Conversations:
+    """The rows of all sources, made as `Rows` takes `make`, `join` and, of a side by its name, `groups`; `names` are
+    those of the labels."""
 
     def rows(source: ConversationSource, name: str, side: Side) -> Rows:
-        if objective != "conversation":
-            return Rows(name, side, make, data)
-        groups = None if source.alone else packing.groups(side, (source.digest, name), tokenizer, data, model)
-        return Rows(name, side, make, data, lambda parts: packing.joined(parts, data, model), groups)
+        return Rows(name, side, make, data, join, groups(source, name, side))
 
     def count(side: Side) -> dict[str, int]:
         return {"documents": side.length, "bytes": 0, "tokens": 0}

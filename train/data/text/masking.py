@@ -34,8 +34,8 @@ class Masking:
         rng = np.random.default_rng((self.seed, number))
         if self.partners:
             row = self._pair(rng, row)
-        tokens = row.tokens
-        may = np.flatnonzero((row.segments > 0) & ~np.isin(tokens, (self.end_of_document, self.beginning)))
+        tokens = row["tokens"]
+        may = np.flatnonzero((row["segments"] > 0) & ~np.isin(tokens, (self.end_of_document, self.beginning)))
         chosen = rng.choice(may, min(len(may), max(1, round(self.share * len(may)))), replace=False)
         kind = rng.random(len(chosen))
         corrupted = tokens.copy()
@@ -44,20 +44,20 @@ class Masking:
         corrupted[others] = rng.integers(0, self.vocab_size, len(others))
         weights = np.zeros(len(tokens), np.float32)
         weights[chosen] = 1.0
-        return row._replace(tokens=corrupted, targets=tokens, loss_weights=weights)
+        return row | {"tokens": corrupted, "targets": tokens, "loss_weights": weights}
 
     def _pair(self, rng: np.random.Generator, row: Batch) -> Batch:
         """Both halves as one text of two types; `next_sentence` is 1 where the second half is that of another row."""
-        T = len(row.tokens)
+        T = len(row["tokens"])
         other = rng.random() < 0.5
         source = self.partners[int(rng.integers(len(self.partners)))]
         second = source[int(rng.integers(len(source)))] if other else row
-        tokens = np.concatenate([row.tokens[: T // 2], second.tokens[T // 2 :]])
-        there = np.concatenate([row.segments[: T // 2], second.segments[T // 2 :]]) > 0
-        return row._replace(
-            tokens=tokens,
-            segments=there.astype(np.int32),
-            positions=np.arange(T, dtype=np.int32),
-            token_types=(np.arange(T) >= T // 2).astype(np.int32),
-            next_sentence=np.array([other], np.int32),
-        )
+        tokens = np.concatenate([row["tokens"][: T // 2], second["tokens"][T // 2 :]])
+        there = np.concatenate([row["segments"][: T // 2], second["segments"][T // 2 :]]) > 0
+        return row | {
+            "tokens": tokens,
+            "segments": there.astype(np.int32),
+            "positions": np.arange(T, dtype=np.int32),
+            "token_types": (np.arange(T) >= T // 2).astype(np.int32),
+            "next_sentence": np.array([other], np.int32),
+        }

@@ -64,17 +64,10 @@ class PackedRows:
         if self._openings is not None:
             opening = self._openings[np.searchsorted(self._openings, row * T, side="right") - 1]
             positions += np.where(segments == 1, row * T - opening, 0).astype(np.int32)
-        return Batch(
-            tokens=tokens,
-            targets=targets,
-            loss_weights=learned.astype(np.float32),
-            segments=np.where(valid, segments, 0),
-            positions=np.where(valid, positions, 0),
-        )
-
-
-def padding_row(context: int, end_of_document: int) -> Batch:
-    """A Batch of arrays [T] with nothing to learn: weight and segment 0 everywhere."""
-    tokens = np.full(context, end_of_document, np.int32)
-    zeros = np.zeros(context, np.int32)
-    return Batch(tokens, tokens, zeros.astype(np.float32), zeros, zeros)
+        return {
+            "tokens": tokens,
+            "targets": targets,
+            "loss_weights": learned.astype(np.float32),
+            "segments": np.where(valid, segments, 0),
+            "positions": np.where(valid, positions, 0),
+        }

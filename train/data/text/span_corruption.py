@@ -35,26 +35,26 @@ class SpanCorruption:
     def __call__(self, number: int, row: Batch) -> Batch:
         """A row of arrays [T] as decoder arrays [U] and encoder arrays [S]."""
         rng = np.random.default_rng((self.seed, number))
-        kept, cut = (_lengths(rng, n, self.spans) for n in (len(row.tokens) - self.noise, self.noise))
+        kept, cut = (_lengths(rng, n, self.spans) for n in (len(row["tokens"]) - self.noise, self.noise))
         gone = np.repeat(np.tile([False, True], self.spans), np.stack([kept, cut], 1).ravel())  # [T]
         first = gone & ~np.concatenate([[False], gone[:-1]])
         sentinels = self.first_sentinel - np.arange(self.spans, dtype=np.int32)
-        inputs = row.tokens.copy()
+        inputs = row["tokens"].copy()
         inputs[first] = sentinels
         before = np.cumsum(cut) - cut  # where each span begins among the tokens that went
-        tokens, segments = row.tokens[gone], row.segments[gone]
+        tokens, segments = row["tokens"][gone], row["segments"][gone]
         targets = np.append(np.insert(tokens, before, sentinels), self.end_of_document).astype(np.int32)
         segments = np.append(np.insert(segments, before, segments[before]), segments[-1]).astype(np.int32)
         begins = np.concatenate([[True], segments[1:] != segments[:-1]])
-        return Batch(
-            tokens=np.where(begins, self.start_token, np.roll(targets, 1)).astype(np.int32),
-            targets=targets,
-            loss_weights=(segments > 0).astype(np.float32),
-            segments=segments,
-            positions=np.arange(len(targets), dtype=np.int32),
-            inputs=inputs[~gone | first],
-            input_segments=row.segments[~gone | first],
-        )
+        return {
+            "tokens": np.where(begins, self.start_token, np.roll(targets, 1)).astype(np.int32),
+            "targets": targets,
+            "loss_weights": (segments > 0).astype(np.float32),
+            "segments": segments,
+            "positions": np.arange(len(targets), dtype=np.int32),
+            "inputs": inputs[~gone | first],
+            "input_segments": row["segments"][~gone | first],
+        }
 
 
 def _lengths(rng: np.random.Generator, total: int, parts: int) -> np.ndarray:

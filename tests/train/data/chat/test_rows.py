@@ -12,11 +12,12 @@ from PIL import Image
 
 from model.config import ModelConfig, VisionConfig
 from tpu.errors import UserError
-from train.config import DataConfig
+from train.config import DataConfig, Experiment
 from train.data import pipeline
 from train.data.chat.record import IMAGE, Conversation, Side, Turn
 from train.data.chat.rows import ConversationSource, class_names, open_source
 from train.data.corpus import load_corpus, log_left_out
+from train.objectives.table import OBJECTIVES
 
 DATA = DataConfig(holdout=0.0)
 
@@ -80,7 +81,7 @@ def corpus_of(source: str, objective: str) -> pipeline.Corpus:
     vision = dataclasses.replace(vision, pool=pool, connector=connector)
     model = ModelConfig(vocab_size=257, embed_dim=8, heads=1, fusion=fusion, vision=vision).resolved()
     data = dataclasses.replace(DATA, sources=(source,), tokenizer="bytes", context=8)
-    return load_corpus(data, objective=objective, model=model)
+    return OBJECTIVES[objective].corpus(Experiment(model=model, data=data), None)
 
 
 @pytest.mark.parametrize(
@@ -93,11 +94,11 @@ def test_what_is_cut_and_what_is_read_over_is_counted_and_logged(objective, whol
     corpus = corpus_of(source, objective)
     assert "rows are made when they are asked for" in caplog.messages[0]
     (rows,) = corpus.train
-    assert rows[0].loss_weights.any()
+    assert rows[0]["loss_weights"].any()
     assert not rows.left_out()
     log_left_out(corpus.train)
     assert len(caplog.messages) == 1
-    assert rows[3].loss_weights.any()
+    assert rows[3]["loss_weights"].any()
     assert rows.left_out() == {name: 1}
     log_left_out(corpus.train)
     assert caplog.messages[-1] == f"data {source}, train: 2 rows made so far; 1 {name}"

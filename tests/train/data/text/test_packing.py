@@ -9,7 +9,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from train.data.text.packing import PackedRows, padding_row
+from train.data.batch import text_layout
+from train.data.text.packing import PackedRows
 
 END = 9
 DOCUMENTS = st.lists(st.lists(st.integers(0, 8), max_size=12), min_size=1, max_size=8)
@@ -36,10 +37,10 @@ def test_rows_equal_the_reference(documents, context, keep_last):
     assert len(rows) == len(expected)
     for index, entries in enumerate(expected):
         row = rows[index]
-        assert {name: str(getattr(row, name).dtype) for name in DTYPES} == DTYPES
+        assert {name: str(row[name].dtype) for name in DTYPES} == DTYPES
         segment, previous, position = 0, None, 0
         for t, entry in enumerate(entries):
-            found = tuple(getattr(row, name)[t] for name in DTYPES)
+            found = tuple(row[name][t] for name in DTYPES)
             if entry is None:
                 assert found == (END, END, 0.0, 0, 0)
                 continue
@@ -72,40 +73,40 @@ def test_a_beginning_of_its_own_opens_each_document_and_is_never_predicted(docum
 def test_kept_rows_join_to_the_stream(documents, context):
     stream = np.array([t for document in documents for t in [END, *document]], np.uint16)
     rows = PackedRows(stream, context, END, keep_last=True)
-    tokens = np.concatenate([rows[i].tokens[rows[i].loss_weights > 0] for i in range(len(rows))])
+    tokens = np.concatenate([rows[i]["tokens"][rows[i]["loss_weights"] > 0] for i in range(len(rows))])
     np.testing.assert_array_equal(tokens, stream)
-    assert sum(rows[i].loss_weights.sum() for i in range(len(rows))) == len(stream)
+    assert sum(rows[i]["loss_weights"].sum() for i in range(len(rows))) == len(stream)
 
 
 def test_a_document_longer_than_a_row_goes_on():
     rows = PackedRows(np.array([END, 1, 2, 3, 4, 5, END, 6], np.uint16), 4, END, keep_last=False)
     assert len(rows) == 2
-    assert rows[1].tokens.tolist() == [4, 5, END, 6]
-    assert rows[1].segments.tolist() == [1, 1, 2, 2]
-    assert rows[1].positions.tolist() == [0, 1, 0, 1]
-    assert rows[0].targets.tolist() == [1, 2, 3, 4]
+    assert rows[1]["tokens"].tolist() == [4, 5, END, 6]
+    assert rows[1]["segments"].tolist() == [1, 1, 2, 2]
+    assert rows[1]["positions"].tolist() == [0, 1, 0, 1]
+    assert rows[0]["targets"].tolist() == [1, 2, 3, 4]
 
 
 def test_positions_of_continuing_rows_go_on():
     stream = np.array([END, 1, 2, 3, 4, 5, END, 6, 7, 8, 3, END, 1], np.uint16)
     rows = PackedRows(stream, 4, END, keep_last=True, continuing=True)
-    found = [rows[i].positions.tolist() for i in range(len(rows))]
+    found = [rows[i]["positions"].tolist() for i in range(len(rows))]
     assert found == [[0, 1, 2, 3], [4, 5, 0, 1], [2, 3, 4, 0], [1, 0, 0, 0]]
     plain = PackedRows(stream, 4, END, keep_last=True)
     for i in range(len(rows)):
-        np.testing.assert_array_equal(rows[i].segments, plain[i].segments)
+        np.testing.assert_array_equal(rows[i]["segments"], plain[i]["segments"])
 
 
 def test_the_largest_token_of_a_wide_stream_survives():
     rows = PackedRows(np.array([70_000, 2**31 - 1], np.uint32), 2, 70_000, keep_last=False)
-    assert rows[0].tokens.tolist() == [70_000, 2**31 - 1]
+    assert rows[0]["tokens"].tolist() == [70_000, 2**31 - 1]
 
 
 @pytest.mark.parametrize("keep_last", [False, True])
-def test_a_padding_row_is_what_the_end_of_a_short_row_is(keep_last):
+def test_padding_is_what_the_end_of_a_short_row_is(keep_last):
+    """But for its tokens, which nobody sees."""
     short = PackedRows(np.array([END], np.uint16), 6, END, keep_last)[0]
-    for name, dtype in DTYPES.items():
-        array = getattr(padding_row(6, END), name)
-        assert str(array.dtype) == dtype
-        np.testing.assert_array_equal(array[1:], getattr(short, name)[1:])
-    assert padding_row(6, END).loss_weights.sum() == 0
+    for name, field in text_layout(1, 6, 10).items():
+        assert str(short[name].dtype) == field.dtype
+        if name not in ("tokens", "targets"):
+            np.testing.assert_array_equal(short[name][1:], field.padding)
