@@ -73,7 +73,7 @@ class Family:
       fits: of several families with one architecture, whether a config.json is of this one.
       joined: tensors whose further rows are, in files that have it, in another tensor: that one's name by theirs.
       head: a tensor of the file that is there where the head is not tied, whatever config.json says; "": it knows.
-      objective: what the model was made to learn (`train.objectives.OBJECTIVES`).
+      objective: what the model was made to learn (`train.objectives.table.OBJECTIVES`).
       image_processor: what prepares its images (`model.families.image_processor.PROCESSORS`); "": rows hold none.
     """
 

@@ -125,17 +125,22 @@ def localize(
             weights, momentum = outer_update(weights, momentum, jax.lax.pmean(change, axis), config)
         return weights, momentum, weights
 
+    return init_local, step_local, _local_state(abstract_state, in_parts, replicas)
+
+
+def _local_state(old: TrainState, in_parts: Any, replicas: int) -> TrainState:
+    """The abstract state of replicas, laid out on the mesh, from that of a synchronous step."""
+    mesh = old.step.sharding.mesh
+
     def of_replicas(leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
-        sharding = NamedSharding(mesh, PartitionSpec(axis, *leaf.sharding.spec))
+        sharding = NamedSharding(mesh, PartitionSpec(rules.REPLICA_AXIS, *leaf.sharding.spec))
         return jax.ShapeDtypeStruct((replicas, *leaf.shape), leaf.dtype, sharding=sharding)
 
-    old = abstract_state
     each = Replicas(old.weights, old.optimizer_state, old.skipped, old.skipped_in_a_row)
     momentum = jax.tree.map(
         lambda w, sharding: jax.ShapeDtypeStruct(w.shape, jnp.float32, sharding=sharding), old.weights, in_parts
     )
-    local = LocalState(jax.tree.map(of_replicas, each), momentum)
-    return init_local, step_local, old._replace(optimizer_state=local)
+    return old._replace(optimizer_state=LocalState(jax.tree.map(of_replicas, each), momentum))
 
 
 def outer_update(
