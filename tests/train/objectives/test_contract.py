@@ -226,6 +226,7 @@ def plain_step(experiment: Experiment, weights: Any, frozen: Any) -> tuple[float
         sums = sums_of(plan, weights, frozen, batch)
         return sum(total / objective.weights(batch)[name] for name, total in sums.trained.items())
 
+    frozen = jax.tree.map(jnp.asarray, frozen)
     return jax.device_get(jax.jit(jax.value_and_grad(loss))(weights))
 
 
