@@ -99,10 +99,10 @@ def compiled(case: Case) -> Callable[[Any, Any], jax.Array]:
     graphdef = answers.build(case.model)[0]
 
     def compute(weights: Any, batch: Any) -> jax.Array:
-        by_token = batch.image_slots, batch.images_seen, batch.given
-        images = Images(batch.images, batch.image_segments, *by_token, batch.image_positions)
-        model, place = bind(graphdef, weights), Place(batch.segments, batch.positions)
-        return model.head(model(batch.tokens, place, positions=batch.rope_positions, images=images)[0])
+        by_token = batch["image_slots"], batch["images_seen"], batch["given"]
+        images = Images(batch["images"], batch["image_segments"], *by_token, batch.get("image_positions"))
+        model, place = bind(graphdef, weights), Place(batch["segments"], batch["positions"])
+        return model.head(model(batch["tokens"], place, positions=batch.get("rope_positions"), images=images)[0])
 
     return jax.jit(compute)
 
@@ -115,10 +115,10 @@ def logits(case: Case, row: Any) -> np.ndarray:
 def test_a_row_gives_the_logits_of_its_text_and_pictures_there(case):
     record = conversation((8, 24), (16, 8))
     row = packing.joined([packing.part(record, Few(), DATA, case.model, Counter())], DATA, case.model)
-    there = row.segments > 0
-    given = as_there(case.model, record, row.tokens[there], row.image_slots[there])
+    there = row["segments"] > 0
+    given = as_there(case.model, record, row["tokens"][there], row["image_slots"][there])
     wanted = qwen2_vl.run(case.model, case.weights, given, 0, case.opened.generation)
-    np.testing.assert_array_equal(row.rope_positions[there].T, wanted["position_ids"][:, 0])
+    np.testing.assert_array_equal(row["rope_positions"][there].T, wanted["position_ids"][:, 0])
     found = logits(case, row)[there]
     np.testing.assert_allclose(found, wanted["logits"][0], rtol=0, atol=2e-5 * np.abs(wanted["logits"]).max())
 
@@ -134,7 +134,7 @@ def test_answers_are_those_of_the_whole_model(case, one_device):
             turns = (record.turns[0], Turn("assistant", text + "?"))
             part = packing.part(record._replace(turns=turns), Few(), DATA, case.model, Counter())
             row = packing.joined([part], DATA, case.model)
-            at = int(np.flatnonzero(row.loss_weights)[0]) + len(text)
+            at = int(np.flatnonzero(row["loss_weights"])[0]) + len(text)
             token = int(np.argmax(logits(case, row)[at, : Few.vocab_size]))
             if token == Few.end_of_document:
                 break

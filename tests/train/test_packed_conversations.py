@@ -23,8 +23,8 @@ from train.data.batch import Batch
 from train.data.chat import packing
 from train.data.chat.record import IMAGE, Conversation, Turn
 from train.data.text.tokenizer import ByteTokenizer
+from train.program import make_program
 from train.resolve import resolve
-from train.step import make_program
 
 VIT = {"encoder": "vit", "image_size": 8, "patch_size": 4, "layers": 1, "embed_dim": 16, "heads": 2}
 NATIVE = {"fusion": "merge", "vision": VIT | {"positions": "rope", "connector": "merger"}}
@@ -80,7 +80,7 @@ def conversations(case: str) -> list[Conversation]:
 
 
 def stacked(rows: list[Batch]) -> Batch:
-    return Batch(*(None if arrays[0] is None else np.stack(arrays) for arrays in zip(*rows, strict=True)))
+    return {name: np.stack([row[name] for row in rows]) for name in rows[0]}
 
 
 def rows_of(case: str, groups: list[list[int]]) -> Batch:
@@ -88,7 +88,7 @@ def rows_of(case: str, groups: list[list[int]]) -> Batch:
     data, model = experiment.data, experiment.model
     parts = [packing.part(record, ByteTokenizer(), data, model, Counter()) for record in records]
     rows = [packing.joined([parts[number] for number in group], data, model) for group in groups]
-    nothing = Batch(*(None if array is None else np.zeros_like(array) for array in rows[0]))
+    nothing = {name: np.zeros_like(array) for name, array in rows[0].items()}
     return stacked(rows + [nothing] * (data.batch_size - len(rows)))
 
 
@@ -99,7 +99,7 @@ SHARED = [[0, 1, 2], [3, 4], [6, 5], [7]]
 
 def drawn(program: Any) -> Any:
     """A first state with weights far from where they begin: gates start closed."""
-    state, rng = program.init(jax.random.key(0)), np.random.default_rng(0)
+    state, rng = program.init(jax.random.key(0), {}), np.random.default_rng(0)
     return state._replace(
         weights=jax.tree.map(lambda w: w + 0.2 * rng.normal(size=w.shape).astype(w.dtype), state.weights)
     )
@@ -117,16 +117,16 @@ def test_a_conversation_in_company_is_computed_as_alone(case, one_device):
         def computed(batch: Batch) -> tuple[np.ndarray, float, Any]:
             state = drawn(program)
             found = np.asarray(logits_of(state.weights, batch))
-            after, metrics = program.step(state, batch)
+            after, metrics = program.step(state, batch, {})
             gradient = jax.tree.map(np.asarray, optax.tree.get(after.optimizer_state, "trace"))
             return found, metrics["nll"].item(), gradient
 
         shared, alone = rows_of(case, SHARED), rows_of(case, ALONE)
-        assert shared.segments.max() == 3
+        assert shared["segments"].max() == 3
         (found, loss, gradient), (wanted, wanted_loss, wanted_gradient) = computed(shared), computed(alone)
     # Row by row the shared rows hold the tokens of the others in their order.
-    ours, theirs = shared.segments > 0, alone.segments > 0
-    np.testing.assert_array_equal(shared.tokens[ours], alone.tokens[theirs])
+    ours, theirs = shared["segments"] > 0, alone["segments"] > 0
+    np.testing.assert_array_equal(shared["tokens"][ours], alone["tokens"][theirs])
     np.testing.assert_allclose(found[ours], wanted[theirs], rtol=0, atol=2e-5 * np.abs(wanted).max())
     assert loss == pytest.approx(wanted_loss, rel=1e-5)
     largest = max(np.abs(leaf).max() for leaf in jax.tree.leaves(wanted_gradient))
@@ -138,11 +138,11 @@ def test_a_conversation_in_company_is_computed_as_alone(case, one_device):
 def logits(graphdef: Any, weights: Any, batch: Batch) -> jax.Array:
     """[R, T, V]"""
     model, images = bind(graphdef, weights), None
-    if batch.images is not None:
-        by_token = batch.image_slots, batch.images_seen, batch.given
-        images = Images(batch.images, batch.image_segments, *by_token, batch.image_positions)
-    place = Place(batch.segments, batch.positions)
-    return model.head(model(batch.tokens, place, positions=batch.rope_positions, images=images)[0])
+    if "images" in batch:
+        by_token = batch["image_slots"], batch["images_seen"], batch["given"]
+        images = Images(batch["images"], batch["image_segments"], *by_token, batch.get("image_positions"))
+    place = Place(batch["segments"], batch["positions"])
+    return model.head(model(batch["tokens"], place, positions=batch.get("rope_positions"), images=images)[0])
 
 
 def test_the_comparison_notices_a_segment_that_is_lost(one_device):
@@ -151,18 +151,15 @@ def test_the_comparison_notices_a_segment_that_is_lost(one_device):
     with jax.set_mesh(one_device):
         program = make_program(experiment, one_device)
         weights = drawn(program).weights
-        lost = batch._replace(segments=np.minimum(batch.segments, 1))
+        lost = batch | {"segments": np.minimum(batch["segments"], 1)}
         right, wrong = (np.asarray(logits(program.graphdef, weights, b)) for b in (batch, lost))
-    there = batch.segments > 1
+    there = batch["segments"] > 1
     assert np.abs(right - wrong)[there].max() > 1e-2 * np.abs(right).max()
 
 
 def test_a_model_that_is_turned_in_three_dimensions_asks_for_them():
     experiment = experiment_of("turned")
-    assert rows_of("turned", SHARED).rope_positions.shape == (8, 64, 3)
+    assert rows_of("turned", SHARED)["rope_positions"].shape == (8, 64, 3)
     plain = dataclasses.replace(experiment.model, rope_sections=())
-    assert packing.joined(
-        [packing.part(conversations("turned")[1], ByteTokenizer(), experiment.data, plain, Counter())],
-        experiment.data,
-        plain,
-    ).rope_positions is None  # fmt: skip
+    part = packing.part(conversations("turned")[1], ByteTokenizer(), experiment.data, plain, Counter())
+    assert "rope_positions" not in packing.joined([part], experiment.data, plain)

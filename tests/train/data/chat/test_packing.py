@@ -17,14 +17,16 @@ from PIL import Image
 
 from model.config import ModelConfig, VisionConfig
 from tpu.errors import UserError
-from train.config import DataConfig
+from train.config import DataConfig, Experiment
+from train.data.batch import Batch, text_layout
 from train.data.chat import packing
 from train.data.chat.packing import OPEN_ROWS, measure, together
 from train.data.chat.record import IMAGE, Conversation, Turn
 from train.data.chat.sources import JsonFiles
-from train.data.corpus import Corpus, load_corpus
+from train.data.corpus import Corpus
 from train.data.pipeline import held_out_batches
 from train.data.text.tokenizer import ByteTokenizer
+from train.objectives.table import OBJECTIVES
 
 VISION = VisionConfig("vit", image_size=16, patch_size=4, layers=1, embed_dim=8, heads=1, positions="rope")
 SEES = ModelConfig(vocab_size=257, embed_dim=8, heads=1, fusion="merge", vision=VISION).resolved()
@@ -49,12 +51,14 @@ def written(folder: Path, answers: Sequence[str], images: Sequence[int] = ()) ->
 
 def corpus_of(source: str, model: ModelConfig = READS, **fields: object) -> Corpus:
     data = dataclasses.replace(DATA, sources=(source,), **fields)
-    return load_corpus(data, objective="conversation", model=model)
+    return OBJECTIVES["conversation"].corpus(Experiment(model=model, data=data), None)
 
 
-def said(row: packing.Batch) -> list[str]:
+def said(row: Batch) -> list[str]:
     """The text that each segment of a row learns."""
-    learned = [row.targets[(row.segments == s) & (row.loss_weights > 0)] for s in range(1, row.segments.max() + 1)]
+    learned = [
+        row["targets"][(row["segments"] == s) & (row["loss_weights"] > 0)] for s in range(1, row["segments"].max() + 1)
+    ]
     return ["".join(chr(token) for token in of if token < 256) for of in learned]
 
 
@@ -115,10 +119,10 @@ def test_rows_of_text_hold_every_conversation_once(tmp_path):
     assert len(rows) < 20
     assert rows.left_out() == {"cut_conversations": 1}
     row = rows[0]
-    starts = np.flatnonzero(row.positions == 0)[: row.segments.max()]
-    assert row.segments.max() > 1
-    assert (row.tokens[starts] == ByteTokenizer().end_of_document).all()
-    assert (np.diff(row.positions)[np.diff(row.segments) == 0][: starts[1] - 1] == 1).all()
+    starts = np.flatnonzero(row["positions"] == 0)[: row["segments"].max()]
+    assert row["segments"].max() > 1
+    assert (row["tokens"][starts] == ByteTokenizer().end_of_document).all()
+    assert (np.diff(row["positions"])[np.diff(row["segments"]) == 0][: starts[1] - 1] == 1).all()
 
 
 def test_images_stay_with_their_conversation(tmp_path):
@@ -126,12 +130,12 @@ def test_images_stay_with_their_conversation(tmp_path):
     (rows,) = corpus_of(source, SEES, context=64, images=2).train
     assert [said(row) for row in rows] == [["a", "b", "c"], ["d"]]
     row = rows[0]
-    assert row.images[:, 0, 0, 0].tolist() == [0, 2]  # the colour says which
-    assert row.image_segments.tolist() == [1, 3]
-    assert [int(row.images_seen[row.segments == s].max()) for s in (1, 2, 3)] == [1, 1, 2]
-    slots = {s: row.image_slots[(row.segments == s) & (row.image_slots >= 0)].tolist() for s in (1, 2, 3)}
+    assert row["images"][:, 0, 0, 0].tolist() == [0, 2]  # the colour says which
+    assert row["image_segments"].tolist() == [1, 3]
+    assert [int(row["images_seen"][row["segments"] == s].max()) for s in (1, 2, 3)] == [1, 1, 2]
+    slots = {s: row["image_slots"][(row["segments"] == s) & (row["image_slots"] >= 0)].tolist() for s in (1, 2, 3)}
     assert slots == {1: list(range(16)), 2: [], 3: list(range(16, 32))}
-    assert [int(row.given[row.segments == s].sum()) for s in (1, 2, 3)] == [19, 3, 19]
+    assert [int(row["given"][row["segments"] == s].sum()) for s in (1, 2, 3)] == [19, 3, 19]
 
 
 def test_patches_of_several_conversations_are_numbered_through(tmp_path):
@@ -139,20 +143,20 @@ def test_patches_of_several_conversations_are_numbered_through(tmp_path):
     model = dataclasses.replace(SEES, vision=MERGER, rope_sections=(2, 1, 1))
     (rows,) = corpus_of(source, model, context=64, image_fit="native", patches=40).train
     assert [said(row) for row in rows] == [["a", "b"], ["c"]]
-    assert np.bincount(rows[0].image_segments).tolist() == [8, 16, 16]
-    second = rows[0].segments == 2
-    assert rows[0].image_slots[second & (rows[0].image_slots >= 0)].tolist() == [4, 5, 6, 7]
+    assert np.bincount(rows[0]["image_segments"]).tolist() == [8, 16, 16]
+    second = rows[0]["segments"] == 2
+    assert rows[0]["image_slots"][second & (rows[0]["image_slots"] >= 0)].tolist() == [4, 5, 6, 7]
     # Turning begins anew: [end], 2 x 2 vectors of an image, then the text after its larger side.
-    turned = rows[0].rope_positions[second]
+    turned = rows[0]["rope_positions"][second]
     assert turned[:6].tolist() == [[0, 0, 0], [1, 1, 1], [1, 1, 2], [1, 2, 1], [1, 2, 2], [3, 3, 3]]
 
 
 def test_records_made_here_and_labels_have_a_row_each():
     data = dataclasses.replace(DATA, sources=("scenes:question",), context=256, images=4)
     model = dataclasses.replace(SEES, vision=dataclasses.replace(VISION, image_size=32))
-    rows = load_corpus(data, objective="conversation", model=model).train[0]
+    rows = OBJECTIVES["conversation"].corpus(Experiment(model=model, data=data), None).train[0]
     assert len(rows) == 2**20
-    assert rows[5].segments.max() == 1
+    assert rows[5]["segments"].max() == 1
 
 
 # What goes wrong
@@ -226,10 +230,10 @@ def test_every_held_out_conversation_is_asked_once(tmp_path):
     answers = [f"{number:03d}" for number in range(40)]
     corpus = corpus_of(written(tmp_path, answers), holdout=0.5)
     data = dataclasses.replace(DATA, holdout=0.5)
-    batches = list(held_out_batches(corpus, data, 4))
-    learned = [said(packing.Batch(*(None if a is None else a[row] for a in b))) for b in batches for row in range(4)]
+    batches = list(held_out_batches(corpus, data, text_layout(4, data.context, 257), 4))
+    learned = [said({name: array[row] for name, array in b.items()}) for b in batches for row in range(4)]
     found = [text for row in learned for text in row if text]  # the last batch is filled up
     trained = [text for rows in corpus.train for row in rows for text in said(row)]
     assert sorted(found + trained) == answers
     assert len(found) == corpus.report["sources"][0]["held_out"]["documents"]
-    assert sum(b.loss_weights.sum() for b in batches) == sum(len(text) + 1 for text in found)
+    assert sum(b["loss_weights"].sum() for b in batches) == sum(len(text) + 1 for text in found)
