@@ -70,7 +70,7 @@ def batch_of(experiment: Experiment) -> Batch:
     if name == "span_corruption":
         change = SpanCorruption(0, *spans(experiment), VOCAB - 1, 0, 0)
     else:
-        change = Masking(0, 0.3, VOCAB - 1, 15, 0, (rows,) if experiment.model.next_sentence else ())
+        change = Masking(0, 0.3, VOCAB - 1, 15, 0, 0, (rows,) if experiment.model.next_sentence else ())
     batch = [change(i, rows[i]) for i in range(ROWS)]
     batch = {field: np.stack([row[field] for row in batch]) for field in batch[0]}
     first = np.zeros((ROWS, TOKENS), np.float32)

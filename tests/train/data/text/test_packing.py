@@ -58,13 +58,15 @@ def test_a_beginning_of_its_own_opens_each_document_and_is_never_predicted(docum
     documents = [[token for token in document if token != begin] for document in documents]
     stream = np.array([t for document in documents for t in [begin, *document, END]], np.uint16)
     rows = PackedRows(stream, context, END, keep_last=True, beginning=begin)
-    pairs = [(int(t), int(y)) for i in range(len(rows)) for t, y, w in zip(*rows[i][:3], strict=True) if w]
+    fields = ("tokens", "targets", "loss_weights")
+    each = (zip(*(rows[i][name] for name in fields), strict=True) for i in range(len(rows)))
+    pairs = [(int(t), int(y)) for row in each for t, y, w in row if w]
     assert pairs == [pair for document in documents for pair in itertools.pairwise([begin, *document, END])]
     for i in range(len(rows)):  # A document is one segment of a row, its end included.
         row = rows[i]
-        opens = (row.tokens == begin) & (row.segments > 0)
+        opens = (row["tokens"] == begin) & (row["segments"] > 0)
         np.testing.assert_array_equal(
-            np.diff(row.segments, prepend=row.segments[:1]) > 0, opens & (np.arange(context) > 0)
+            np.diff(row["segments"], prepend=row["segments"][:1]) > 0, opens & (np.arange(context) > 0)
         )
 
 
