@@ -190,8 +190,10 @@ def drawn(root: pathlib.Path) -> str:
             row = sorted(name for name in inside if level[name] == height)
             across = (WIDTH - 110) // (BOX[0] + GAP)
             for start in range(0, len(row), across):
-                for i, name in enumerate(row[start : start + across]):
-                    place[name] = 96 + i * (BOX[0] + GAP), y
+                part = row[start : start + across]
+                left = 96 + (across - len(part)) * (BOX[0] + GAP) / 2  # centred, so that lines stay apart
+                for i, name in enumerate(part):
+                    place[name] = left + i * (BOX[0] + GAP), y
                 y += BOX[1] + GAP
         bands.append((floor, top, y - top))
         y += 16

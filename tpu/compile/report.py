@@ -14,7 +14,7 @@ from jax.sharding import Mesh
 
 from model.config import ModelConfig
 from tpu import rules
-from tpu.chips import Topology, smallest
+from tpu.chips import Chip, Topology, smallest
 from tpu.compile import hlo
 from tpu.compile.cost import run_cost
 from tpu.compile.hlo_counts import Counts, Kernel, count
@@ -104,14 +104,8 @@ def make_report(
         counts = count(module, *arrangement)
     model_flops = flops_per_token(experiment) if train else decoding_flops_per_token(experiment, context)
     model_flops *= tokens
-    memory = {name: _bytes(tree) for name, tree in parts.items()}
-    memory["arguments"] = sum(memory.values())
-    if train:
-        memory["gradients"] = _gradient_bytes(experiment, mesh)
-    memory["temporary"] = compiled.temporary
-    memory["peak"] = memory["arguments"] + (compiled.temporary or 0) if compiled.peak is None else compiled.peak
-    memory["hbm"] = chip.hbm_bytes // chip.devices if chip else None
-    memory["host"] = compiled.host
+    gradients = {"gradients": _gradient_bytes(experiment, mesh)} if train else {}
+    memory = _memory(compiled, chip, parts, gradients)
     fits = compiled.fits and (chip is None or memory["peak"] <= memory["hbm"])
     missing = 0 if fits else max(0, memory["peak"] - memory["hbm"])
     kernel_flops = attention_kernel_flops(counts.kernels, experiment.model, context)
@@ -147,21 +141,41 @@ def make_report(
         run=None,
     )
     if chip is not None and compiled.text:
-        seconds = roofline(counts, kernel_flops, topology, mesh)
-        report.roofline = dataclasses.asdict(seconds) | {"limit": seconds.limit}
-        report.step_seconds = seconds.step
-        if report.exchange_every > 1:
-            between = roofline(count(module, *arrangement, branch=min), kernel_flops, topology, mesh)
-            report.step_seconds += (between.step - seconds.step) * (1 - 1 / report.exchange_every)
-            report.roofline["limit"] = between.limit  # of most steps
-        report.tokens_per_second = tokens / report.step_seconds
-        report.mfu = model_flops / report.step_seconds / (chip.peak_flops * report.chips)
-        for row, counted in zip(report.collectives, counts.collectives, strict=True):
-            row["seconds"] = collective_seconds(counted, topology, mesh)
+        between = count(module, *arrangement, branch=min) if report.exchange_every > 1 else None
+        _time(report, counts, between, topology, mesh, tokens)
         if train and fits:
             prices = json.loads(pathlib.Path(__file__).with_name("prices.json").read_bytes())
             report.run = run_cost(report.step_seconds, experiment.run.steps, chip, report.chips, prices)
     return report
+
+
+def _memory(
+    compiled: Compiled, chip: Chip | None, parts: dict[str, Any], gradients: dict[str, int]
+) -> dict[str, int | None]:
+    """Bytes of a device: of each part of the arguments, of the gradients where there are any, and what they come to."""
+    memory: dict[str, int | None] = {name: _bytes(tree) for name, tree in parts.items()}
+    memory["arguments"] = sum(memory.values())
+    memory |= gradients
+    memory["temporary"] = compiled.temporary
+    memory["peak"] = memory["arguments"] + (compiled.temporary or 0) if compiled.peak is None else compiled.peak
+    memory["hbm"] = chip.hbm_bytes // chip.devices if chip else None
+    memory["host"] = compiled.host
+    return memory
+
+
+def _time(report: Report, counts: Counts, between: Counts | None, topology: Topology, mesh: Mesh, tokens: int) -> None:
+    """Fills in what takes how long. `between` counts a step that does not exchange, where only some do."""
+    seconds = roofline(counts, report.kernel_flops_per_chip, topology, mesh)
+    report.roofline = dataclasses.asdict(seconds) | {"limit": seconds.limit}
+    report.step_seconds = seconds.step
+    if between is not None:
+        usual = roofline(between, report.kernel_flops_per_chip, topology, mesh)
+        report.step_seconds += (usual.step - seconds.step) * (1 - 1 / report.exchange_every)
+        report.roofline["limit"] = usual.limit  # of most steps
+    report.tokens_per_second = tokens / report.step_seconds
+    report.mfu = report.model_flops / report.step_seconds / (topology.chip.peak_flops * report.chips)
+    for row, counted in zip(report.collectives, counts.collectives, strict=True):
+        row["seconds"] = collective_seconds(counted, topology, mesh)
 
 
 def out_of_memory(message: str) -> tuple[int | None, int | None]:
