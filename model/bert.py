@@ -17,6 +17,7 @@ from model.dropout import dropout, fold_in
 from model.embedding import Embedding
 from model.linear import Linear, parameter, zeros
 from model.mlp import ACTIVATIONS
+from model.neftune import embedding_noise
 from model.norms import Norm
 from model.place import Place
 from model.positions.rope import Rope, rotations
@@ -66,6 +67,7 @@ class Bert(nnx.Module):
 
     def __init__(self, config: ModelConfig, rngs: nnx.Rngs):
         self.dropout_rate, self.positions = config.embedding_dropout, config.positions
+        self.noise = config.embedding_noise
         self.embed_dim, self.rope = config.embed_dim, Rope.of(config) if config.positions == "rope" else None
         learned, types = config.positions == "learned", config.token_types
         self.embedding = Embedding(config, config.vocab_size, "vocab", rngs)
@@ -100,9 +102,9 @@ class Bert(nnx.Module):
           keys, positions: as `model.transformer.Transformer` takes them.
         """
         positions = place.positions if positions is None else positions
-        key, stack_key = fold_in(key, 0), fold_in(key, 1)
+        key, stack_key, noise_key = fold_in(key, 0), fold_in(key, 1), fold_in(key, 2)
         with jax.named_scope("embedding"):
-            h = self.embedding(tokens)
+            h = embedding_noise(self.embedding(tokens), self.noise, place.segments, noise_key)
             if self.position_embedding is not None:
                 h = h + self.position_embedding(positions)
             elif self.positions == "sinusoidal":

@@ -22,6 +22,7 @@ from model.attention.layer_inputs import LayerInputs
 from model.config import ModelConfig
 from model.dropout import dropout, fold_in
 from model.embedding import Embedding, Head
+from model.neftune import embedding_noise
 from model.norms import Norm
 from model.place import Place
 from model.positions.relative_positions import RelativeBias
@@ -41,7 +42,7 @@ class EncoderDecoder(nnx.Module):
     def __init__(self, config: ModelConfig, rngs: nnx.Rngs):
         self.dropout_rate, self.positions, self.embed_dim = config.embedding_dropout, config.positions, config.embed_dim
         self.embedding_scale = config.embed_dim**0.5 if config.scale_embedding else 1.0
-        self.output_scale = config.output_scale
+        self.output_scale, self.noise = config.output_scale, config.embedding_noise
         relative, first = config.positions == "relative", config.norm_order != "post"
         self.embedding = Embedding(config, config.vocab_size, "vocab", rngs)
         self.encoder = Stack(dataclasses.replace(config, kind="encoder"), rngs)
@@ -57,7 +58,7 @@ class EncoderDecoder(nnx.Module):
         # By the place in the row, not by `Place.positions`: inside a segment the difference is the same.
         steps = jnp.arange(inputs.shape[1], dtype=jnp.int32)[None]
         place = Place(segments, jnp.broadcast_to(steps, inputs.shape))
-        h = self._embed(inputs, place.positions, fold_in(key, 0))
+        h = self._embed(inputs, place, fold_in(key, 0))
         bias = None if self.encoder_bias is None else self.encoder_bias(steps, steps)
         with jax.named_scope("encoder"):
             h, _, _ = self.encoder(h, LayerInputs(place, bias=bias), key=fold_in(key, 1))
@@ -83,7 +84,7 @@ class EncoderDecoder(nnx.Module):
         """
         if source is None:
             source = self.encode(inputs, input_segments, fold_in(key, 0))
-        h = self._embed(tokens, place.positions, fold_in(key, 1))
+        h = self._embed(tokens, place, fold_in(key, 1))
         slots = None if cache is None else write_slots(cache.slots, place)
         bias = None
         if self.decoder_bias is not None and cache is None:
@@ -99,10 +100,10 @@ class EncoderDecoder(nnx.Module):
         h = h if self.output_scale == 1.0 else h * self.output_scale
         return h, None if cache is None else Cache(slots, layers)
 
-    def _embed(self, tokens: jax.Array, positions: jax.Array, key: jax.Array | None) -> jax.Array:
+    def _embed(self, tokens: jax.Array, place: Place, key: jax.Array | None) -> jax.Array:
         with jax.named_scope("embedding"):
-            h = self.embedding(tokens)
+            h = embedding_noise(self.embedding(tokens), self.noise, place.segments, fold_in(key, 1))
             h = h if self.embedding_scale == 1.0 else h * self.embedding_scale
             if self.positions == "sinusoidal":
-                h = h + sinusoidal(positions, self.embed_dim).astype(h.dtype)
+                h = h + sinusoidal(place.positions, self.embed_dim).astype(h.dtype)
             return dropout(residual(h), self.dropout_rate, key)

@@ -21,6 +21,7 @@ from model.dropout import dropout, fold_in
 from model.embedding import Embedding, Head
 from model.fusion.streams import Streams
 from model.moe import Routing
+from model.neftune import embedding_noise
 from model.norms import Norm
 from model.place import Place
 from model.positions.rope import Rope, rotations
@@ -38,6 +39,7 @@ class Transformer(nnx.Module):
         self.positions, self.dropout_rate = config.positions, config.embedding_dropout
         self.embed_dim = config.embed_dim
         self.rope = Rope.of(config) if config.positions == "rope" else None
+        self.noise = config.embedding_noise
         self.embedding_scale = config.embed_dim**0.5 if config.scale_embedding else 1.0
         learned = config.positions == "learned"
         self.embedding = Embedding(config, config.vocab_size, "vocab", rngs)
@@ -93,9 +95,9 @@ class Transformer(nnx.Module):
     ) -> tuple[jax.Array, Cache | Memory | None, dict[str, Routing]]:
         """As a call, and what the routers of mixtures of experts did, stacked [groups, ...] by layer of a group."""
         positions = place.positions if positions is None else positions
-        key, stack_key = fold_in(key, 0), fold_in(key, 1)
+        key, stack_key, noise_key = fold_in(key, 0), fold_in(key, 1), fold_in(key, 2)
         with jax.named_scope("embedding"):
-            h = self.embedding(tokens)
+            h = embedding_noise(self.embedding(tokens), self.noise, place.segments, noise_key)
             h = h if self.embedding_scale == 1.0 else h * self.embedding_scale
             if images is not None:
                 source = images.looked_at(self.vision(images) if source is None else source, place)

@@ -98,9 +98,13 @@ class OptimizerConfig:
     beta2: float = number(0.95, at_least=0, below=1)
     eps: float = number(1e-8, above=0)
     weight_decay: float = number(0.1, at_least=0)
+    # what the weights that decay lose of their size by the learning rate, down to exactly 0 (train.optimize.l1_penalty)
+    l1_penalty: float = number(0.0, at_least=0)
     # weights whose path holds one of these
     no_decay: tuple[str, ...] = ("norm", "bias", "embedding", "_token", "_gate", "latents", "probe", "logit_scale")
     frozen: tuple[str, ...] = ()  # weights whose path one of these patterns is found in stay bitwise as they are
+    # variance of the noise on the clipped gradient, which falls as 1 / step^0.55 (arXiv:1511.06807): 0.01 to 1; 0: none
+    gradient_noise: float = number(0.0, at_least=0)
     clip_norm: float = number(1.0, at_least=0)  # 0: no clipping
     accumulation: int = number(1, at_least=1)  # micro-batches per step
     ema_decay: float = number(0.0, at_least=0, below=1)  # 0: no moving average of the weights

@@ -124,6 +124,7 @@ def _drops(plan: Plan) -> bool:
         if model.trained is not None:
             config = model.config
             rates += [config.embedding_dropout, config.attention_dropout, config.residual_dropout]
+            rates.append(config.embedding_noise)
     return max(rates) > 0
 
 

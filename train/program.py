@@ -103,7 +103,7 @@ def _plan(experiment: Experiment) -> Plan:
         experiment=experiment,
         objective=objective,
         models=found,
-        rule=optimizer(experiment.optimizer, learning_rate, axes, still),
+        rule=optimizer(experiment.optimizer, learning_rate, axes, still, experiment.run.seed),
         learning_rate=learning_rate,
         still=still,
     )

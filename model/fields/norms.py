@@ -21,6 +21,10 @@ class Norms:
     mlp_bias: bool = True
     norm_bias: bool = True  # LayerNorm only
     logits_softcap: float = number(0.0, at_least=0)
+    # alpha of NEFTune (model.neftune), in training: 5 to 15 in the paper; 0: no noise
+    embedding_noise: float = number(
+        0.0, at_least=0, free=True, of={"model.kind": ("decoder", "encoder", "encoder_decoder")}
+    )
     embedding_dropout: float = number(0.0, at_least=0, below=1, free=True)
     attention_dropout: float = number(0.0, at_least=0, below=1, free=True)
     residual_dropout: float = number(0.0, at_least=0, below=1, free=True)

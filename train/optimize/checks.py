@@ -39,7 +39,7 @@ def check_patterns(field: str, patterns: tuple[str, ...]) -> None:
 def _check_local_steps(optimizer: OptimizerConfig, run: RunConfig) -> None:
     if not optimizer.local_steps:
         return
-    for field in ("ema_decay", "offload"):
+    for field in ("ema_decay", "offload", "gradient_noise"):
         if value := getattr(optimizer, field):
             raise UserError(f"optimizer.{field}={value}: not with optimizer.local_steps={optimizer.local_steps}")
     if run.steps % optimizer.local_steps:

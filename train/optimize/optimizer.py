@@ -13,12 +13,15 @@ from optax.contrib import MuonDimensionNumbers, muon
 from model.weights import MATRICES, inputs, names
 from train.config import OptimizerConfig
 from train.optimize.frozen import of_trained, trained_part
+from train.optimize.l1_penalty import proximal_l1
+
+NOISE_DECAY = 0.55  # gamma of arXiv:1511.06807, section 3
 
 
 def optimizer(
-    config: OptimizerConfig, learning_rate: optax.Schedule, axes: Any, still: Any = None
+    config: OptimizerConfig, learning_rate: optax.Schedule, axes: Any, still: Any = None, seed: int = 0
 ) -> optax.GradientTransformation:
-    """The chosen optimizer after clipping by the global norm.
+    """The chosen optimizer after clipping by the global norm and noise on the gradient, before the L1 penalty.
 
     adamw (arXiv:1711.05101), adafactor (arXiv:1804.04235), lion (arXiv:2302.06675), sgd with momentum, muon for the
     weight matrices of the layers (arXiv:2502.16982) with Nesterov's adam for everything else. Decay is decoupled from
@@ -27,6 +30,7 @@ def optimizer(
     Args:
       axes: the weights' logical axes, as `model.kinds.build` gives them; they say what is a matrix of a layer.
       still: for every weight whether it is frozen (`train.optimize.frozen`); None where none is.
+      seed: of the noise.
     """
     axes = axes if still is None else trained_part(axes, still)
     decay, decays = config.weight_decay, lambda weights: decay_mask(weights, config.no_decay)
@@ -50,7 +54,10 @@ def optimizer(
             ),
         }[config.name]()
         rule = optax.chain(scale, optax.add_decayed_weights(decay, decays), optax.scale_by_learning_rate(learning_rate))
-    rule = optax.chain(optax.clip_by_global_norm(config.clip_norm), rule) if config.clip_norm else rule
+    links = [optax.clip_by_global_norm(config.clip_norm)] if config.clip_norm else []
+    links += [optax.add_noise(config.gradient_noise, NOISE_DECAY, seed)] if config.gradient_noise else []
+    links += [rule, *([proximal_l1(config.l1_penalty, learning_rate, decays)] if config.l1_penalty else [])]
+    rule = optax.chain(*links) if len(links) > 1 else rule
     return rule if still is None else of_trained(rule, still)
 
 

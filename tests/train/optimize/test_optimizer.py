@@ -170,3 +170,55 @@ def test_average_of_bfloat16_weights_is_kept_in_float32():
     found = ema_update(average, {"w": jnp.bfloat16(1.5)}, 0.9999, jnp.int32(10**6))
     assert found["w"].dtype == jnp.float32
     np.testing.assert_allclose(found["w"], 1 + 0.5e-4, rtol=1e-6)
+
+
+# Noise on gradients, and the L1 penalty
+
+
+def test_gradient_noise_has_the_variance_that_falls():
+    noisy = rule("sgd", rate=1.0, beta1=0.0, weight_decay=0.0, gradient_noise=0.3)
+    weights = {"kernel": jnp.zeros((200, 200))}
+    zeros, state = jax.tree.map(jnp.zeros_like, weights), noisy.init(weights)
+    for step in (1, 2, 3):
+        updates, state = noisy.update(zeros, state, weights)
+        assert float(updates["kernel"].var()) == pytest.approx(0.3 / step**0.55, rel=0.05)  # 40,000 draws: 1 in 140
+    assert optimizer(OptimizerConfig(), lambda step: 0.1, AXES).init(weights)  # none, and nothing is drawn
+
+
+def test_gradient_noise_follows_the_seed():
+    config, weights = OptimizerConfig(name="sgd", gradient_noise=1.0), {"kernel": jnp.zeros((4, 4))}
+    drawn = [
+        first_update(optimizer(config, lambda step: 1.0, AXES, seed=seed), weights, weights)["kernel"]
+        for seed in (0, 0, 1)
+    ]
+    np.testing.assert_array_equal(drawn[0], drawn[1])
+    assert not np.array_equal(drawn[0], drawn[2])
+
+
+def test_the_l1_penalty_finds_the_lasso_of_a_quadratic():
+    goal = jnp.asarray([3.0, 0.4, -0.2, -2.0, 0.0])  # of |w - goal|^2 / 2: with the penalty, its soft threshold
+    lasso = rule("sgd", rate=0.1, beta1=0.0, weight_decay=0.0, l1_penalty=0.5)
+    weights = {"kernel": jnp.ones(5), "bias": jnp.ones(5)}
+    state = lasso.init(weights)
+    for _ in range(200):
+        updates, state = lasso.update(jax.tree.map(lambda w: w - goal, weights), state, weights)
+        weights = optax.apply_updates(weights, updates)
+    np.testing.assert_allclose(weights["kernel"], [2.5, 0.0, 0.0, -1.5, 0.0], atol=1e-6)
+    np.testing.assert_array_equal(weights["kernel"][jnp.asarray([1, 2, 4])], 0.0)  # exactly
+    np.testing.assert_allclose(weights["bias"], goal, atol=1e-6)  # what does not decay does not shrink
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_l1_penalty_is_one_soft_threshold_after_any_rule(name):
+    weights, gradient = draw(0), draw(1)
+    plain = first_update(rule(name, weight_decay=0.0), gradient, weights)
+    shrunk = first_update(rule(name, weight_decay=0.0, l1_penalty=2.0), gradient, weights)
+    ends = jax.tree.map(jnp.add, weights, plain)
+    mask = decay_mask(weights, OptimizerConfig().no_decay)
+    expected = jax.tree.map(lambda m, e: jnp.sign(e) * jnp.maximum(abs(e) - 0.2, 0) if m else e, mask, ends)
+    for (path, one), other in zip(
+        jax.tree_util.tree_leaves_with_path(jax.tree.map(jnp.add, weights, shrunk)),
+        jax.tree.leaves(expected),
+        strict=True,
+    ):
+        np.testing.assert_allclose(one, other, atol=1e-6, err_msg=str(path))
