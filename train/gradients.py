@@ -53,7 +53,7 @@ def gradients(
     """The loss with its figures, the gradient, and what is carried on."""
     micro_batches = plan.experiment.optimizer.accumulation
     whole = Whole(denominators(plan, batch), None)
-    keys = row_keys(key, len(next(iter(batch.values())))) if _drops(plan) else None
+    keys = row_keys(key, len(next(iter(batch.values())))) if _draws(plan) else None
     weights, frozen = _rounded(plan, weights, frozen)
     gradient = jax.value_and_grad(_share, argnums=1, has_aux=True)
     part = Part(batch, keys, carried)
@@ -117,14 +117,14 @@ def kept(plan: Plan, new: Any, old: Any) -> Any:
     return new if plan.still is None else jax.tree.map(lambda still, n, o: o if still else n, plan.still, new, old)
 
 
-def _drops(plan: Plan) -> bool:
-    """Whether anything is dropped while a model trains."""
+def _draws(plan: Plan) -> bool:
+    """Whether a model that trains needs keys: something is dropped, or noise added."""
     rates = [plan.experiment.adapter.dropout]
     for model in plan.models.values():
         if model.trained is not None:
             config = model.config
             rates += [config.embedding_dropout, config.attention_dropout, config.residual_dropout]
-            rates.append(config.embedding_noise)
+            rates += [config.embedding_noise]
     return max(rates) > 0
 
 

@@ -187,10 +187,8 @@ def test_gradient_noise_has_the_variance_that_falls():
 
 def test_gradient_noise_follows_the_seed():
     config, weights = OptimizerConfig(name="sgd", gradient_noise=1.0), {"kernel": jnp.zeros((4, 4))}
-    drawn = [
-        first_update(optimizer(config, lambda step: 1.0, AXES, seed=seed), weights, weights)["kernel"]
-        for seed in (0, 0, 1)
-    ]
+    rules = [optimizer(config, lambda step: 1.0, AXES, seed=seed) for seed in (0, 0, 1)]
+    drawn = [first_update(rule, weights, weights)["kernel"] for rule in rules]
     np.testing.assert_array_equal(drawn[0], drawn[1])
     assert not np.array_equal(drawn[0], drawn[2])
 
