@@ -21,7 +21,7 @@ WHERE_IS = {
     "the cross-entropy that never holds all logits": ("cross entropy", "train/losses/cross_entropy.py"),
     "the digests by which a damaged checkpoint is found": ("checkpoint manifest", "train/checkpoint/manifest.py"),
     "the learning rate's course": ("schedule", "train/optimize/schedule.py"),
-    "the packing of documents into rows": ("packing", "train/data/text/packing.py"),
+    "the packing of documents into rows": ("text packing", "train/data/text/packing.py"),
     "the form in which a conversation becomes tokens": ("chat template", "train/data/chat/template.py"),
     "how many FLOPs a token costs": ("flops", "train/budget/flops.py"),
     "which mesh axes cut which dimension of a weight": ("rules", "tpu/rules.py"),

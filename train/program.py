@@ -59,7 +59,9 @@ def make_program(experiment: Experiment, mesh: Mesh) -> Program:
     def init(key: jax.Array, frozen: Frozen, weights: Any = None) -> TrainState:
         return _init(plan, key, frozen, weights)
 
-    state = state_layout(jax.eval_shape(init, jax.random.key(0), frozen), axes, mesh, experiment)
+    # The key is made inside: the devices of a pod that is only compiled for hold no arrays.
+    state = jax.eval_shape(lambda frozen: init(jax.random.key(0), frozen), frozen)
+    state = state_layout(state, axes, mesh, experiment)
     in_parts = rules.tree_shardings(mesh, axes, state.weights)
     whole = experiment.mesh.zero == 1
     plan = plan._replace(

@@ -126,7 +126,7 @@ def test_the_step_is_the_slower_of_compute_and_memory_and_what_is_exposed():
 
 
 def test_the_cost_of_a_run():
-    prices = json.loads((Path(chips.__file__).parent / "prices.json").read_text())
+    prices = json.loads((Path(chips.__file__).parent / "compile" / "prices.json").read_text())
     assert set(prices["prices"]) == set(CHIPS)
     assert prices["source"].startswith("https://")
     assert prices["date"].startswith("20")

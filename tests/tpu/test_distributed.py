@@ -42,7 +42,7 @@ def python(code: str, *arguments: str, **environment: str) -> subprocess.Complet
 
 
 def test_a_lone_process_is_left_alone():
-    code = "import sys; from tpu import distributed, host as d; d.initialize(); "
+    code = "import sys; from tpu import distributed as d; d.initialize(); "
     code += "print(d.several(), d.leads(), d.decide(lambda: 5), d.gather('x'), 'jax' in sys.modules)"
     done = python(code)
     assert done.stdout == "False True 5 ['x'] False\n"

@@ -84,4 +84,4 @@ def test_images_are_told_apart_by_number_on_accelerators_too(fusion):
     """Vectors of an image share a position: kernels that take positions to rise by one would hide some of them."""
     config = dataclasses.replace(connected(False, "layernorm", True), fusion=fusion, platform="tpu", attention="splash")
     streams = nnx.eval_shape(lambda: Streams(config, nnx.Rngs(0)))
-    assert streams.images_0.attention.kind == "plain"
+    assert streams.images_0.attention.rules.kind == "plain"

@@ -83,7 +83,9 @@ def test_what_follows_a_text_s_end_is_not_read_and_the_end_may_be_given():
 def test_short_texts_have_vectors_of_their_own(case):
     _, graphdef, weights = made(case)
     rows = [text_row(text, ByteTokenizer(), 9) for text in ("a", "b", "ab")]
-    tokens, segments, positions = (np.stack([row[field] for row in rows]) for field in (0, 3, 4))
+    tokens, segments, positions = (
+        np.stack([row[field] for row in rows]) for field in ("tokens", "segments", "positions")
+    )
     place = Place(segments, positions)
     found = jax.jit(lambda w: bind(graphdef, w).texts(tokens % 11, place))(weights)
     for one, other in ((0, 1), (0, 2), (1, 2)):
