@@ -337,7 +337,8 @@ def test_with_closed_gates_the_language_model_is_as_it_was():
     weights = model.weights | {"stack": {"groups": group | {"gate_1": closed}}}
     tokens, place, images = laid_out(model.config, [["tIttaIta"], ["IttaIta", "tta"]])
     wanted = jax.jit(lambda w: bind(graphdef, w)(tokens, place)[0])(own)
-    np.testing.assert_array_equal(model.hidden(weights, tokens, place, images), wanted)
+    # To the rounding of two programs whose operations the compiler joins otherwise.
+    np.testing.assert_allclose(model.hidden(weights, tokens, place, images), wanted, rtol=0, atol=2e-6)
     assert differ(model.hidden(model.weights, tokens, place, images), wanted)[place.segments > 0].any()
     head = [bind(g, w).head(wanted) for g, w in ((graphdef, own), (kinds.build(model.config)[0], weights))]
     np.testing.assert_array_equal(*head)
