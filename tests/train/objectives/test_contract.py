@@ -169,7 +169,7 @@ def experiment_of(name: str, mesh: dict[str, int], adapter: str, accumulation: i
             name="sgd", schedule="constant", warmup_steps=0, beta1=0.0, clip_norm=0.0, accumulation=accumulation
         ),
         mesh=MeshConfig(**mesh),
-        adapter=AdapterConfig(adapter, ("attention", "mlp"), rank=2),
+        adapter=AdapterConfig(adapter, ("attention", "mlp"), rank=2) if adapter == "lora" else AdapterConfig(),
     )
     found = resolve(given)
     found.model = found.model.placed("cpu", "float32")
