@@ -93,6 +93,7 @@ def test_a_config_file_that_fails_is_one_line(tmp_path, content, message):
 
 ENTRY = """
 import sys
+from tpu.errors import UserError
 from train import entry
 def main():
     {}
