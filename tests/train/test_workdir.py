@@ -31,7 +31,7 @@ from train.workdir import (
 
 # Fields of the model that change how it is computed or regularised, and neither its weights nor their meaning.
 FREE = ("compute_dtype", "platform", "attention", "context_parallel", "pipeline_microbatches", "layer_loop", "remat")
-FREE += ("embedding_dropout", "attention_dropout", "residual_dropout")
+FREE += ("embedding_noise", "embedding_dropout", "attention_dropout", "residual_dropout")
 
 ROOT = Path(__file__).resolve().parents[2]
 
