@@ -93,7 +93,11 @@ def forward(model: transformers.PreTrainedModel, arrays: Arrays) -> tuple[torch.
     inputs = tensors(arrays, model.dtype)
     found = model(**inputs)
     hook.remove()
-    outputs = {name: getattr(found, name) for name in OUTPUTS if getattr(found, name, None) is not None}
+    shown = {name: getattr(found, name, None) for name in OUTPUTS}
+    # A list of images since transformers 5.24
+    outputs = {name: torch.cat(a) if isinstance(a, list) else a for name, a in shown.items() if a is not None}
+    if model.config.model_type == "idefics" and hasattr(found, "image_outputs"):  # since 5.24, which pools the others
+        outputs["image_hidden_states"] = found.image_outputs.last_hidden_state
     outputs |= {name: below[0][name] for name in HIDDEN if name in below[0]}
     for part in ("text_model_output", "vision_model_output"):
         outputs |= {f"{part}.{name}": found[part][name] for name in HIDDEN if part in found}

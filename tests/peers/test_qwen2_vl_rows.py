@@ -149,5 +149,5 @@ def test_images_of_one_size_are_turned_by_their_grid(case):
     record = conversation((16, 16), (16, 16))
     squashed = packing.joined([packing.part(record, Few(), data, model, Counter())], data, model)
     native = packing.joined([packing.part(record, Few(), DATA, model, Counter())], DATA, model)
-    np.testing.assert_array_equal(squashed.rope_positions, native.rope_positions)
+    np.testing.assert_array_equal(squashed["rope_positions"], native["rope_positions"])
     np.testing.assert_allclose(logits(case, squashed), logits(case, native), rtol=0, atol=1e-5)

@@ -242,7 +242,7 @@ def test_pretraining_with_a_memory_resumes_bitwise(micro, tmp_path, monkeypatch,
     assert losses[0] == losses[1]
     evals = [[line["eval"]["loss"] for line in lines if "eval" in line][-1] for lines in (whole, parts)]
     assert evals[0] == evals[1]
-    assert (tmp_path / "whole" / "checkpoints" / "8" / "memory").is_dir()
+    assert (tmp_path / "whole" / "checkpoints" / "8" / "carried").is_dir()
     assert "attention: chunked; there are no flash kernels for CPUs" in capsys.readouterr().out
 
 

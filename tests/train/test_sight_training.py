@@ -54,7 +54,7 @@ def experiment(fusion: str = "merge", **branches: dict[str, Any]) -> Experiment:
         data=DataConfig(sources=("scenes:question",), tokenizer="bytes", bpe_vocab_size=257, context=96, batch_size=8),
         objective=ObjectiveConfig(name="conversation"),
         optimizer=OptimizerConfig(learning_rate=1e-2, schedule="constant", warmup_steps=1),
-        mesh=MeshConfig(data=-1),
+        mesh=MeshConfig(),
         run=RunConfig(steps=3, eval_every=0, eval_batches=1, save_every=0, log_every=1, tensorboard=False),
     )
     parts = {name: dataclasses.replace(getattr(base, name), **fields) for name, fields in branches.items()}
@@ -350,7 +350,7 @@ def test_scores_and_controls():
 
 
 def test_the_page_holds_all_that_it_shows(merge):
-    found, said = figures(open_checkpoint(merge), 12)
+    found, said = figures(*of_run(open_checkpoint(merge)), 12)
     assert found["scenes:question"]["count"] == 12
     assert {"answers", "shuffled", "blind"} <= found["scenes:question"].keys()
     text = page("a <title>", found, said, 10)

@@ -115,14 +115,17 @@ def lora_scale(adapter: AdapterConfig) -> float:
 
 
 def _targets(adapter: AdapterConfig, shapes: dict[tuple[str, ...], Any]) -> list[tuple[str, ...]]:
-    """The paths of the matrices of layers, in any stack, in which one of `adapter.targets` is found."""
+    """The paths of the matrices of layers, in any stack, in which one of `adapter.targets` is found.
+
+    A pattern that is found outside the image encoder leaves that as it is.
+    """
     known = {".".join(p[:-1]): p for p in shapes if "groups" in p and p[-1] in MATRICES}
     chosen: dict[tuple[str, ...], None] = {}
     for pattern in adapter.targets:
         matches = [path for name, path in known.items() if re.search(pattern, name)]
         if not matches:
             raise UserError(f"adapter.targets: {pattern!r} is found in no weight matrix; there are {', '.join(known)}")
-        chosen |= dict.fromkeys(matches)
+        chosen |= dict.fromkeys([path for path in matches if "vision" not in path] or matches)
     for path in chosen:  # Experts and image encoders have other rows than the batch, each of which has a key.
         if adapter.dropout and ("vision" in path or ("moe" in path and "shared" not in path)):
             raise UserError(
