@@ -94,6 +94,18 @@ def one_device() -> jax.sharding.Mesh:
     return make_mesh(MeshConfig(), jax.devices()[:1])
 
 
+@pytest.fixture(scope="module")
+def one_processor() -> Iterator[None]:
+    """While it is asked for, jax finds one device, and nothing measures how fast that is."""
+    from tpu import host
+
+    device = jax.devices()[:1]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(jax, "devices", lambda *backend: device)
+        patch.setattr(host, "measured_matmul_rate", lambda dtype: 1e9)
+        yield
+
+
 @pytest.fixture(scope="session")
 def model_configs() -> st.SearchStrategy[ModelConfig]:
     """Small resolved models over everything that a ModelConfig can say about what is computed."""

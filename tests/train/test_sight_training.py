@@ -23,7 +23,7 @@ from model.vision.vit import resampled
 from serve.classify import probabilities
 from tpu.errors import UserError
 from train.adapter.frozen import Frozen, open_frozen
-from train.config import AdapterConfig, DataConfig, Experiment, MeshConfig, ObjectiveConfig, OptimizerConfig, RunConfig
+from train.config import AdapterConfig, DataConfig, Experiment, ObjectiveConfig, OptimizerConfig, RunConfig
 from train.data import pipeline
 from train.data.made import made
 from train.data.text.tokenizer import ByteTokenizer
@@ -41,6 +41,7 @@ from train.starting_weights import positions_on_grid
 from train.step import frozen_mask
 from train.workdir import Workdir
 
+pytestmark = pytest.mark.usefixtures("one_processor")
 ROOT = Path(__file__).parents[2]
 VIT = {"encoder": "vit", "image_size": 32, "patch_size": 16, "layers": 1, "embed_dim": 16, "heads": 2}
 
@@ -54,7 +55,6 @@ def experiment(fusion: str = "merge", **branches: dict[str, Any]) -> Experiment:
         data=DataConfig(sources=("scenes:question",), tokenizer="bytes", bpe_vocab_size=257, context=96, batch_size=8),
         objective=ObjectiveConfig(name="conversation"),
         optimizer=OptimizerConfig(learning_rate=1e-2, schedule="constant", warmup_steps=1),
-        mesh=MeshConfig(),
         run=RunConfig(steps=3, eval_every=0, eval_batches=1, save_every=0, log_every=1, tensorboard=False),
     )
     parts = {name: dataclasses.replace(getattr(base, name), **fields) for name, fields in branches.items()}
@@ -68,7 +68,7 @@ def trained(given: Experiment, workdir: Path) -> Path:
 
 
 @pytest.fixture(scope="module")
-def merge(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def merge(tmp_path_factory: pytest.TempPathFactory, one_processor: None) -> Path:
     return trained(experiment(), tmp_path_factory.mktemp("merge") / "run")
 
 

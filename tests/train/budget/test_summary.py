@@ -169,7 +169,9 @@ def test_the_memory_is_that_of_the_state(name, weight_dtype):
     stays = parameter_counts({name: state.weights[name] for name in ("embedding",)})["total"] + 2 * 2 * 16 * 64
     assert found["parameters"]["frozen"] == stays + 2 * (64 + 16)  # and the biases of the mlp
     assert found["parameters"]["trained"] == found["parameters"]["total"] - found["parameters"]["frozen"]
-    assert not any("'mlp'" in jax.tree_util.keystr(path) for path, _ in jax.tree.leaves_with_path(state.optimizer_state))
+    assert not any(
+        "'mlp'" in jax.tree_util.keystr(path) for path, _ in jax.tree.leaves_with_path(state.optimizer_state)
+    )
 
 
 def test_an_open_number_of_replicas_is_said(capsys):
