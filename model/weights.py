@@ -18,6 +18,8 @@ from model.config import ModelConfig
 
 Weights = dict[str, Any]
 
+_BUILT: dict[Any, Any] = {}  # what `build` found for a config's fields and a class
+
 MATRICES = ("kernel", "embedding")  # names of the weights that activations meet in `model.linear`
 
 
@@ -53,9 +55,12 @@ def build(config: ModelConfig, make: Callable[..., nnx.Module]) -> tuple[nnx.Gra
     Allocates nothing and touches no device. `config` must be `resolved` and `placed`; `make` is the class of a module
     (of a whole model `model.kinds.build` knows it).
     """
-    graphdef, state = nnx.split(nnx.eval_shape(lambda: make(config, nnx.Rngs(0))))
-    axes = jax.tree.map(lambda p: p.get_metadata("axes"), state, is_leaf=lambda n: isinstance(n, nnx.Variable))
-    return graphdef, nnx.to_pure_dict(state), nnx.to_pure_dict(axes)
+    key = repr(config), make  # A run asks five times, and tracing takes seconds.
+    if key not in _BUILT:
+        graphdef, state = nnx.split(nnx.eval_shape(lambda: make(config, nnx.Rngs(0))))
+        axes = jax.tree.map(lambda p: p.get_metadata("axes"), state, is_leaf=lambda n: isinstance(n, nnx.Variable))
+        _BUILT[key] = graphdef, nnx.to_pure_dict(state), nnx.to_pure_dict(axes)
+    return jax.tree.map(lambda leaf: leaf, _BUILT[key])  # with dictionaries of the caller's own
 
 
 def init(config: ModelConfig, key: jax.Array, make: Callable[..., nnx.Module]) -> Weights:

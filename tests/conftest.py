@@ -46,7 +46,7 @@ from train.resolve import resolve
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_disable_most_optimizations", True)
 _flags = os.environ["XLA_FLAGS"]
-os.environ["XLA_FLAGS"] = f"{_flags} --xla_cpu_use_fusion_emitters=false"
+os.environ["XLA_FLAGS"] = f"{_flags} --xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1"
 jax.devices()  # XLA reads its flags now, and once.
 os.environ["XLA_FLAGS"] = _flags
 # The same examples in every run, so that a failure is there again and compiled programs are found again.
