@@ -1,8 +1,8 @@
 """What the tests share: caches of their own, eight simulated devices, small models, a micro experiment and its corpus.
 
-In this process jax compiles without most optimisations and without the emitters of fusions, which takes a tenth of the
-time; the processes that tests start compile as users' do. Compiled programs are kept on disk between runs of the tests,
-and in memory until their file ends; tokens and tokenizers are not kept.
+Here and in the processes that tests start jax compiles without most optimisations and without the emitters of fusions,
+which takes a tenth of the time; a fixture, `as_users_compile`, gives a process what users have. Compiled programs are
+kept on disk between runs of the tests, and in memory until their file ends; tokens and tokenizers are not kept.
 """
 
 from __future__ import annotations
@@ -29,11 +29,15 @@ import pytest
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ["JAX_COMPILATION_CACHE_DIR"] = f"{tempfile.gettempdir()}/foursight-compiled-{getpass.getuser()}"
 os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
-# Eight simulated devices that meet on a busy machine may wait for each other for longer than the 40 seconds after which
-# XLA ends the process.
-os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_cpu_collective_call_terminate_timeout_seconds=600"
-if "PYTEST_XDIST_WORKER" not in os.environ:  # Workers share what the first process made.
+if "PYTEST_XDIST_WORKER" not in os.environ:  # Workers have the environment of the first process, and share its cache.
     os.environ["FOURSIGHT_CACHE"] = tempfile.mkdtemp(prefix="foursight-tests-")
+    os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "true"
+    # Eight simulated devices that meet on a busy machine may wait for each other for longer than the 40 seconds after
+    # which XLA ends the process.
+    os.environ["XLA_FLAGS"] = (
+        f"{os.environ.get('XLA_FLAGS', '')} --xla_cpu_collective_call_terminate_timeout_seconds=600 "
+        "--xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1"
+    )
 
 import hypothesis
 import jax
@@ -44,11 +48,6 @@ from train.config import DataConfig, Experiment, MeshConfig, OptimizerConfig, Ru
 from train.resolve import resolve
 
 jax.config.update("jax_num_cpu_devices", 8)
-jax.config.update("jax_disable_most_optimizations", True)
-_flags = os.environ["XLA_FLAGS"]
-os.environ["XLA_FLAGS"] = f"{_flags} --xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1"
-jax.devices()  # XLA reads its flags now, and once.
-os.environ["XLA_FLAGS"] = _flags
 # The same examples in every run, so that a failure is there again and compiled programs are found again.
 hypothesis.settings.register_profile("tests", deadline=None, derandomize=True, database=None)
 hypothesis.settings.load_profile("tests")
@@ -71,6 +70,13 @@ def _memory_returned(request: pytest.FixtureRequest) -> Iterator[None]:
     gc.collect()
     if sys.platform == "linux":
         ctypes.CDLL(None).malloc_trim(0)
+
+
+@pytest.fixture
+def as_users_compile(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Processes that the test starts compile as users' do."""
+    for name in ("JAX_DISABLE_MOST_OPTIMIZATIONS", "XLA_FLAGS"):
+        monkeypatch.delenv(name)
 
 
 @pytest.fixture(scope="session")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import html
 import json
 import re
@@ -10,6 +11,7 @@ import runpy
 import subprocess
 import sys
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -68,8 +70,14 @@ def trained(given: Experiment, workdir: Path) -> Path:
 
 
 @pytest.fixture(scope="module")
-def merge(tmp_path_factory: pytest.TempPathFactory, one_processor: None) -> Path:
-    return trained(experiment(), tmp_path_factory.mktemp("merge") / "run")
+def of_fusion(tmp_path_factory: pytest.TempPathFactory, one_processor: None) -> Callable[[str], Path]:
+    """A function that gives the run of a fusion, trained when it is first asked for."""
+    return functools.cache(lambda fusion: trained(experiment(fusion), tmp_path_factory.mktemp(fusion) / "run"))
+
+
+@pytest.fixture(scope="module")
+def merge(of_fusion: Callable[[str], Path]) -> Path:
+    return of_fusion("merge")
 
 
 def of_run(run: Trained) -> tuple[Any, ...]:
@@ -87,7 +95,7 @@ def leaves(workdir: Path) -> dict[str, np.ndarray]:
 # Stages
 
 
-@pytest.mark.parametrize("rule", ["adamw", "muon"])
+@pytest.mark.parametrize("rule", [pytest.param("adamw", marks=pytest.mark.slow), "muon"])
 def test_frozen_weights_stay_bitwise_and_the_others_move(rule, merge, tmp_path):
     frozen = (r"^(embedding|stack|final_norm)\b",)
     given = experiment(optimizer={"name": rule, "frozen": frozen}, run={"start": (str(merge),)})
@@ -156,9 +164,11 @@ def test_what_freezes_nothing_or_all_is_refused(one_device):
         resolve(experiment(optimizer={"frozen": ("(",)}))
 
 
-@pytest.mark.parametrize(("fusion", "kind"), [("merge", "lora"), ("merge", "prefix"), ("cross", "lora")])
-def test_adapters_train_on_what_sees(fusion, kind, merge, tmp_path):
-    base = merge if fusion == "merge" else trained(experiment(fusion), tmp_path / "base")
+@pytest.mark.parametrize(
+    ("fusion", "kind"), [("merge", "prefix"), ("cross", "lora"), pytest.param("merge", "lora", marks=pytest.mark.slow)]
+)
+def test_adapters_train_on_what_sees(fusion, kind, of_fusion, tmp_path):
+    base = of_fusion(fusion)
     size = {"prefix": {"prefix_tokens": 2}, "lora": {"rank": 2}}.get(kind, {})
     adapter = AdapterConfig(kind, ("attention|mlp",), **size)
     given = dataclasses.replace(experiment(fusion), model=ModelConfig(), adapter=adapter)
@@ -301,10 +311,9 @@ def test_one_bad_record_stops_neither_tokenizer_nor_training_nor_evaluation(tmp_
 
 
 @pytest.mark.parametrize("fusion", ["merge", "cross", "co", "tangled"])
-def test_answers_are_those_of_the_uncached_model(fusion, merge, tmp_path):
+def test_answers_are_those_of_the_uncached_model(fusion, of_fusion):
     """What `replier` says, greedily through the cache, is the argmax of the plain forward pass, row by row."""
-    path = merge if fusion == "merge" else trained(experiment(fusion), tmp_path / "run")
-    run = open_checkpoint(path, compute_dtype="float32")
+    run = open_checkpoint(of_fusion(fusion), compute_dtype="float32")
     data, model = run.experiment.data, run.experiment.model
     asked = [made.make("scenes:question", 0, "test", index, 32) for index in range(5)]
     said = answers.replier(model, run.weights, run.tokenizer, data, 3, rows=4)(asked)
@@ -312,19 +321,20 @@ def test_answers_are_those_of_the_uncached_model(fusion, merge, tmp_path):
     from model.weights import bind
     from train.data.chat.rows import conversation_row
 
-    bound = bind(run.graphdef, run.weights)
+    @jax.jit
+    def logits(weights: Any, batch: Any) -> jax.Array:
+        seen = (batch[name] for name in ("images", "image_segments", "image_slots", "images_seen", "given"))
+        place, bound = Place(batch["segments"], batch["positions"]), bind(run.graphdef, weights)
+        return bound.head(bound(batch["tokens"], place, images=answers.Images(*seen))[0])[0]
+
     for conversation, reply in zip(asked, said, strict=True):
         text = ""
         for _ in range(3):
             turns = (conversation.turns[0], conversation.turns[1]._replace(text=text + "?"))
             row = conversation_row(conversation._replace(turns=turns), run.tokenizer, data, model, Counter())
             batch = jax.tree.map(lambda a: a[None], row)
-            images = answers.Images(
-                batch["images"], batch["image_segments"], batch["image_slots"], batch["images_seen"], batch["given"]
-            )
-            hidden, _ = bound(batch["tokens"], Place(batch["segments"], batch["positions"]), images=images)
             at = int(np.flatnonzero(row["loss_weights"])[0]) + len(text)
-            token = int(np.argmax(np.asarray(bound.head(hidden[0, at]))))
+            token = int(np.argmax(logits(run.weights, batch)[at]))
             if token == run.tokenizer.end_of_document:
                 break
             text += run.tokenizer.decode([token])

@@ -46,7 +46,8 @@ def get_config():
 
 def run(*arguments: str, **environment: str) -> subprocess.CompletedProcess:
     command = [sys.executable, "-m", "tpu.compile", *arguments]
-    clean = {k: v for k, v in os.environ.items() if k != "JAX_PLATFORMS"} | environment
+    hidden = ("JAX_PLATFORMS", "JAX_DISABLE_MOST_OPTIMIZATIONS", "XLA_FLAGS")
+    clean = {k: v for k, v in os.environ.items() if k not in hidden} | environment
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=clean, timeout=600)
 
 

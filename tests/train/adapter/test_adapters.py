@@ -26,7 +26,6 @@ from model.generate.decode import decoding_weights
 from model.generate.prefill import advance, prefill
 from model.place import Place
 from model.weights import bind
-from tpu import host
 from tpu.compile import hlo
 from tpu.compile.hlo_counts import count
 from tpu.errors import UserError
@@ -130,8 +129,11 @@ def test_at_the_start_it_is_the_base(kind):
     assert moved > 0.05  # and not because it does nothing
 
 
-@pytest.mark.parametrize("weight_dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    ("kind", "weight_dtype"),
+    [*((kind, "float32") for kind in KINDS), ("dora", "bfloat16")]
+    + [pytest.param(kind, "bfloat16", marks=pytest.mark.slow) for kind in KINDS if kind != "dora"],
+)
 def test_merged_equals_unmerged(kind, weight_dtype):
     config, base, trained = drawn(kind, weight_dtype=weight_dtype)
     trained = noise(trained, scale=0.1)
@@ -277,15 +279,21 @@ MESHES = {
 }
 
 
-@pytest.mark.parametrize("mesh", MESHES)
-@pytest.mark.parametrize("kind", ["rslora", "dora", "prefix", "bottleneck"])
+@functools.cache
+def alone(kind: str, **changed: float) -> tuple[Any, dict[str, float], Any]:
+    return one_step(experiment(dataclasses.replace(KINDS[kind], **changed)))
+
+
+@pytest.mark.parametrize(
+    ("kind", "mesh"),
+    [(kind, "fsdp4-tensor2") for kind in ("rslora", "dora", "prefix", "bottleneck")]
+    + [("rslora", "data2-sequence2-tensor2")]
+    + [pytest.param(*case, marks=pytest.mark.slow) for case in (("rslora", "fsdp8-zero1"), ("dora", "fsdp8-zero1"))],
+)
 def test_every_mesh_gives_the_gradient_of_one_device(kind, mesh):
-    if kind in ("prefix", "bottleneck") and mesh != "fsdp4-tensor2":
-        pytest.skip("one mesh of every axis that cuts a weight is enough for these")
-    adapter = KINDS[kind]
-    if MESHES[mesh].get("sequence"):
-        adapter = dataclasses.replace(adapter, dropout=0.0)
-    wanted, figures, _ = one_step(experiment(adapter))
+    dropout = 0.0 if MESHES[mesh].get("sequence") else KINDS[kind].dropout
+    adapter = dataclasses.replace(KINDS[kind], dropout=dropout)
+    wanted, figures, _ = alone(kind, dropout=dropout)
     found, there, _ = one_step(experiment(adapter, MESHES[mesh]))
     assert jax.tree.structure(found) == jax.tree.structure(wanted)
     for (path, x), y in zip(jax.tree.leaves_with_path(found), jax.tree.leaves(wanted), strict=True):
@@ -296,7 +304,7 @@ def test_every_mesh_gives_the_gradient_of_one_device(kind, mesh):
 
 
 def test_a_pipeline_gives_the_gradient_of_one_device():
-    wanted, figures, _ = one_step(experiment(KINDS["dora"]))
+    wanted, figures, _ = alone("dora", dropout=0.0)
     found, there, _ = one_step(experiment(KINDS["dora"], {"stage": 2, "fsdp": 2}))
     for x, y in zip(jax.tree.leaves(found), jax.tree.leaves(wanted), strict=True):
         np.testing.assert_allclose(x, y, rtol=0, atol=5e-5 * np.abs(y).max())
@@ -319,15 +327,15 @@ def test_leaves_lie_in_parts_as_their_axes_say():
 def test_micro_batches_change_nothing_and_dropout_drops():
     given = experiment(KINDS["rslora"])
     parted = dataclasses.replace(given, optimizer=dataclasses.replace(given.optimizer, accumulation=4))
-    without = experiment(dataclasses.replace(KINDS["rslora"], dropout=0.0))
-    (wanted, whole, _), (found, _, _), (_, plain, _) = one_step(given), one_step(parted), one_step(without)
+    (wanted, whole, _), (found, _, _) = alone("rslora", dropout=KINDS["rslora"].dropout), one_step(parted)
+    _, plain, _ = alone("rslora", dropout=0.0)
     for x, y in zip(jax.tree.leaves(found), jax.tree.leaves(wanted), strict=True):
         np.testing.assert_allclose(x, y, rtol=0, atol=5e-5 * np.abs(y).max())
     assert abs(whole["loss"] - plain["loss"]) > 1e-3
     assert whole["evaluated"] != pytest.approx(0)
 
 
-@pytest.mark.parametrize("mesh", [{}, {"fsdp": 4, "tensor": 2}])
+@pytest.mark.parametrize("mesh", [{}, pytest.param({"fsdp": 4, "tensor": 2}, marks=pytest.mark.slow)])
 def test_no_gradient_is_computed_for_frozen_matrices(mesh):
     """Of the three products of a matrix, forward, for its input and for itself, the last is left out."""
     found = []
@@ -386,15 +394,6 @@ def test_biases_where_there_are_none():
 # Runs
 
 
-@pytest.fixture(scope="module")
-def patched():
-    with pytest.MonkeyPatch.context() as patch:
-        device = jax.devices()[:1]
-        patch.setattr(jax, "devices", lambda: device)
-        patch.setattr(host, "measured_matmul_rate", lambda dtype: 1e9)
-        yield
-
-
 def run(given: Experiment, path: Path, base: Any = None) -> None:
     with Stop() as stop:
         workdir = Workdir(path)
@@ -405,7 +404,7 @@ def run(given: Experiment, path: Path, base: Any = None) -> None:
 
 
 @pytest.fixture(scope="module")
-def trained_base(micro, patched, tmp_path_factory) -> Path:
+def trained_base(micro, one_processor, tmp_path_factory) -> Path:
     path = tmp_path_factory.mktemp("runs") / "base"
     run(micro(run={"steps": 4}), path)
     return path
@@ -537,7 +536,7 @@ def command(*arguments: str) -> subprocess.CompletedProcess:
     return subprocess.run([sys.executable, "-m", *arguments], cwd=ROOT, capture_output=True, text=True)
 
 
-def test_the_commands(trained_base, corpus_file, tmp_path):
+def test_the_commands(trained_base, corpus_file, tmp_path, as_users_compile):
     """As people type them: what goes wrong is one line and status 2; training, evaluation and generation go through."""
     lora = ("--config=configs/adapter.py:lora", f"--checkpoint={trained_base}")
     for arguments, message in (
@@ -571,7 +570,7 @@ def test_the_commands(trained_base, corpus_file, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "rslora"])
-def test_it_learns_another_corpus_and_the_base_keeps_its_own(kind, patched, tmp_path, micro, one_device):
+def test_it_learns_another_corpus_and_the_base_keeps_its_own(kind, one_processor, tmp_path, micro, one_device):
     """A model of one language learns another, whose words have other letters, by a few weights."""
     texts = {"one": "the quick brown fox jumps over the lazy dog ", "two": "zyx wvu tsr qpo nml kji hgf edc ba "}
     for name, text in texts.items():
