@@ -6,9 +6,10 @@
 
 The task is any objective of an encoder: classification, regression, multi_label, token_classification, span. Records
 are lines such as {"text": "...", "label": "good"}; train/data/text/labelled.py says what a label is for each.
+image_text_classification and image_text_matching read images too, through a ViT beside the text (late fusion).
 """
 
-from model.config import ModelConfig
+from model.config import ModelConfig, VisionConfig
 from tpu.errors import UserError
 from train.config import DataConfig, Experiment, ObjectiveConfig, OptimizerConfig, RunConfig
 
@@ -26,6 +27,8 @@ TASKS = {
     "multi_label": "pooled",
     "token_classification": "token",
     "span": "token",
+    "image_text_classification": "pooled",
+    "image_text_matching": "pooled",
 }
 
 
@@ -38,7 +41,9 @@ def get_config(argument: str = "tiny") -> Experiment:
         raise UserError(f"configs/bert.py:{argument}: valid tasks: {', '.join(TASKS)}")
     vocab_size, layers, embed_dim, heads, context, batch_size, steps, learning_rate, dropout = SIZES[size]
     objective = task or "masked"
-    head = TASKS[objective]
+    head, sees = TASKS[objective], objective.startswith("image_text")
+    layers_of_images = {"layers": layers, "embed_dim": embed_dim, "heads": heads}
+    vision = VisionConfig("vit", **layers_of_images, pool="mean", connector="none") if sees else VisionConfig()
     return Experiment(
         name=f"bert_{size}",
         model=ModelConfig(
@@ -60,6 +65,8 @@ def get_config(argument: str = "tiny") -> Experiment:
             embedding_dropout=dropout,
             attention_dropout=dropout,
             residual_dropout=dropout,
+            fusion="late" if sees else "none",
+            vision=vision,
         ),
         data=DataConfig(tokenizer="bpe", context=context, batch_size=batch_size),
         objective=ObjectiveConfig(name=objective),

@@ -46,15 +46,18 @@ class MaskedHead(nnx.Module):
 
 
 class PooledHead(nnx.Module):
-    """Labels of a whole text, from its first token: a dense layer with tanh (the pooler), then a linear one."""
+    """Labels of a whole text, from its first token: a dense layer with tanh (the pooler), then a linear one.
+
+    It reads P = `config.pooled_width` features, D unless an image's are beside the text's.
+    """
 
     def __init__(self, config: ModelConfig, labels: int, rngs: nnx.Rngs):
-        embed = (config.embed_dim, "embed")
-        self.pooler = Linear(config, (embed,), ((config.embed_dim, "mlp"),), True, rngs)
+        embed, pooled = (config.embed_dim, "embed"), (config.pooled_width, "embed")
+        self.pooler = Linear(config, (pooled,), ((config.embed_dim, "mlp"),), True, rngs)
         self.out = Linear(config, (embed,), ((labels, "vocab"),), True, rngs)
 
     def __call__(self, h: jax.Array) -> jax.Array:
-        """h [..., D] -> logits [..., L] float32, of which those at first tokens mean something."""
+        """h [..., P] -> logits [..., L] float32, of which those at first tokens mean something."""
         return self.out(jnp.tanh(self.pooler(h, "float32")), "float32")
 
 

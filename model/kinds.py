@@ -11,7 +11,9 @@ from model import weights
 from model.bert import Bert
 from model.config import ModelConfig
 from model.encoder_decoder import EncoderDecoder
+from model.fields.fusion import CONTRASTIVE, LATE
 from model.fusion.contrastive import Contrastive
+from model.fusion.late import Late
 from model.transformer import Transformer
 from model.vision.image_classifier import ImageClassifier
 from model.weights import Weights
@@ -23,10 +25,13 @@ MAKE: dict[str, type[nnx.Module]] = {
     "vision": ImageClassifier,
 }
 
+# Fusions that are no part of the text's own layers
+OF_FUSION: dict[str, type[nnx.Module]] = {CONTRASTIVE: Contrastive, LATE: Late}
+
 
 def maker(config: ModelConfig) -> type[nnx.Module]:
     """The class of a model of this shape."""
-    return Contrastive if config.pairs else MAKE[config.kind]
+    return OF_FUSION.get(config.fusion, MAKE[config.kind])
 
 
 def build(config: ModelConfig) -> tuple[nnx.GraphDef, Weights, Any]:

@@ -6,7 +6,8 @@ from model.fields.limits import choice, given, number
 from tpu.errors import UserError
 
 CONTRASTIVE = "contrastive"  # images and texts are encoded apart, and meet in the loss alone
-FUSIONS = ("none", "merge", "cross", "co", "tangled", CONTRASTIVE)
+LATE = "late"  # one vector of an image and one of a text meet behind both encoders (model.fusion.late)
+FUSIONS = ("none", "merge", "cross", "co", "tangled", CONTRASTIVE, LATE)
 MERGE, CROSS = {"model.fusion": ("merge",)}, {"model.fusion": ("cross",)}
 CONNECTED, TANGLED = {"model.fusion": ("co", "tangled")}, {"model.fusion": ("tangled",)}
 PAIRS = {"model.fusion": (CONTRASTIVE,)}
@@ -37,6 +38,8 @@ class Fusion:
     projection_dim: int = number(128, at_least=1, of=PAIRS)
     # the vector of a text: at its end token, or at the row's last position
     text_pool: str = choice("end", "last", of=PAIRS)
+    # both vectors side by side, or their sum with learned weights for every feature
+    combine: str = choice("concatenation", "average", of={"model.fusion": (LATE,)})
 
     def derive(self) -> None:
         """Fills in offset."""

@@ -3,7 +3,7 @@
 import dataclasses
 
 from model.fields.attention import repeated
-from model.fields.fusion import CONTRASTIVE, FUSIONS
+from model.fields.fusion import CONTRASTIVE, FUSIONS, LATE
 from model.fields.limits import choice
 from model.fields.norms import DROPOUTS
 from model.fields.vision import VisionConfig
@@ -32,12 +32,19 @@ class Sight:
                 f"model.vision.encoder={self.vision.encoder!r}: with model.fusion={self.fusion!r} and "
                 f"model.kind={self.kind!r} " + ("images reach nothing; set model.fusion" if sees else "it must be set")
             )
-        if self.fusion != "none" and self.kind != "decoder" and not (self.pairs and self.kind == "encoder"):
-            raise UserError(f"model.fusion={self.fusion!r}: not with model.kind={self.kind!r}")
+        kinds = {CONTRASTIVE: ("decoder", "encoder"), LATE: ("encoder",)}.get(self.fusion, ("decoder",))
+        if self.fusion != "none" and self.kind not in kinds:
+            raise UserError(
+                f"model.fusion={self.fusion!r}: not with model.kind={self.kind!r}; valid: {', '.join(kinds)}"
+            )
+        if self.fusion == LATE and self.head != "pooled":
+            raise UserError(f"model.head={self.head!r}: model.fusion='late' needs 'pooled'")
         pooled = self.vision.pool != "none"
-        if sees and pooled != (self.kind == "vision" or self.pairs):
+        if sees and pooled != (self.kind == "vision" or self.fusion in (CONTRASTIVE, LATE)):
             valid = (
-                "only with model.fusion='contrastive' or model.kind='vision'" if pooled else "one of class, mean, map"
+                "only with model.fusion='contrastive' or 'late', or model.kind='vision'"
+                if pooled
+                else "one of class, mean, map"
             )
             raise UserError(f"model.vision.pool={self.vision.pool!r}: {valid}")
         if self.fusion == "merge" and self.vision.mask != "causal" and (self.remembers or "sparse" in self.pattern):
@@ -84,6 +91,12 @@ class Sight:
     def pairs(self) -> bool:
         """Whether images and texts are encoded apart and compared (CLIP)."""
         return self.fusion == CONTRASTIVE
+
+    @property
+    def pooled_width(self) -> int:
+        """The width of the vector that a pooled head reads."""
+        beside = self.fusion == LATE and self.vision.combine == "concatenation"
+        return 2 * self.embed_dim if beside else self.embed_dim
 
     @property
     def source_width(self) -> int:

@@ -20,7 +20,7 @@ from tpu.mesh import make_mesh
 from train.config import DataConfig, Experiment, MeshConfig, ObjectiveConfig, OptimizerConfig
 from train.data.batch import Batch
 from train.data.chat.record import IMAGE, Conversation, Turn
-from train.data.chat.rows import caption_row, class_row, conversation_row
+from train.data.chat.rows import caption_row, class_row, conversation_row, question_row
 from train.data.text.tokenizer import ByteTokenizer
 from train.program import make_program
 from train.resolve import resolve
@@ -49,6 +49,16 @@ CASES: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
         {"fusion": "contrastive", "kind": "encoder"},
         {"pool": "map", "similarity": "sigmoid", "text_pool": "last", "connector": "none", "projection_dim": 16},
     ),
+    "questions": (
+        "image_text_classification",
+        {"fusion": "late", "kind": "encoder", "head": "pooled", "labels": 3},
+        {"pool": "map", "connector": "none"},
+    ),
+    "matching": (
+        "image_text_matching",
+        {"fusion": "late", "kind": "encoder", "head": "pooled", "labels": 2, "positions": "learned"},
+        {"pool": "mean", "connector": "none", "combine": "average"},
+    ),
     "classes": ("image_classification", {"kind": "vision", "labels": 3}, {"pool": "mean", "connector": "none"}),
 }
 MESHES = {
@@ -61,6 +71,7 @@ DIVIDED = [
     *((case, "fsdp2-tensor2-sequence2") for case in ("merge", "cross")),
     *((case, "stage2-fsdp2-tensor2") for case in ("merge", "cross")),
     *((case, "fsdp4-tensor2") for case in ("merge-prefix", "co", "tangled", "clip", "classes")),
+    *((case, "fsdp4-tensor2") for case in ("questions", "matching")),
     *((case, "data2-fsdp4") for case in ("clip", "siglip")),
 ]
 
@@ -95,6 +106,8 @@ def rows(experiment: Experiment) -> Batch:
         record = Conversation(f"{number}", (Turn("user", IMAGE * count + "q"), Turn("assistant", answer)), images)
         if name == "image_classification":
             return class_row(record, {answer: number % 3}, experiment.data, experiment.model)
+        if name == "image_text_classification":
+            return question_row(record, {answer: number % 3}, tokenizer, experiment.data, experiment.model, Counter())
         make = conversation_row if name == "conversation" else caption_row
         return make(record, tokenizer, experiment.data, experiment.model, Counter())
 

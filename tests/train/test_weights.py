@@ -105,6 +105,11 @@ MODELS: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     "bert": ("masked", {"kind": "encoder", "norm_order": "post", "positions": "learned", "token_types": 2}, {}),
     "t5": ("sequence_to_sequence", {"kind": "encoder_decoder", "decoder_layers": 2, "positions": "relative"}, {}),
     "sight": ("conversation", {"fusion": "merge"}, {**VIT, "connector": "mlp"}),
+    "late": (
+        "image_text_classification",
+        {"fusion": "late", "kind": "encoder", "head": "pooled", "labels": 3},
+        {**VIT, "pool": "map", "combine": "average"},
+    ),
     "convolutions": (
         "image_classification",
         {"kind": "vision", "labels": 3},

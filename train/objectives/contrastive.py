@@ -19,6 +19,7 @@ from train.objectives.objective import (
     accuracy,
     check_model,
     check_one_image,
+    check_whole_batch,
     token_weights,
 )
 
@@ -38,17 +39,11 @@ def roles(experiment: Experiment) -> dict[str, Role]:
 def check(experiment: Experiment) -> None:
     """Raises UserError for another model, and for batches of which a step would see less than all at once."""
     check_model(experiment, "decoder", "language", also=("encoder",))
-    model, data, optimizer, name = experiment.model, experiment.data, experiment.optimizer, experiment.objective.name
+    model, name = experiment.model, experiment.objective.name
     if not model.pairs:
         raise UserError(f"objective.name={name!r}: model.fusion={model.fusion!r}; {name!r} goes with {name!r}")
     check_one_image(experiment)
-    if data.batch_size == 1:
-        raise UserError(f"data.batch_size=1: objective.name={name!r} compares the rows of a batch; give 2 or more")
-    if optimizer.accumulation > 1 or optimizer.local_steps:
-        raise UserError(
-            f"optimizer.accumulation={optimizer.accumulation}: objective.name={name!r} compares all rows of a batch "
-            "with each other; give 1, and optimizer.local_steps=0"
-        )
+    check_whole_batch(experiment)
 
 
 def corpus(experiment: Experiment, tokenizer: Tokenizer | None = None) -> Corpus:

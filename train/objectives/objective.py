@@ -13,6 +13,7 @@ from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from model.config import ModelConfig
+from model.fields.fusion import CONTRASTIVE, LATE
 from tpu.errors import UserError
 from train.data.batch import Batch, Layout
 
@@ -92,13 +93,18 @@ def check_model(experiment: Experiment, kind: str, head: str, also: tuple[str, .
             )
 
 
+# Fusions whose rows are an image and a text each, and the objectives that have such rows.
+OF_PAIRS = {CONTRASTIVE: ("contrastive",), LATE: ("image_text_classification", "image_text_matching")}
+
+
 def check_blind(experiment: Experiment) -> None:
     """Raises UserError where the model reads images, which the rows of this objective have not."""
     fusion, name = experiment.model.fusion, experiment.objective.name
     if fusion == "none":
         return
-    if experiment.model.pairs:
-        raise UserError(f"objective.name={name!r}: model.fusion={fusion!r}; {fusion!r} goes with {fusion!r}")
+    if fusion in OF_PAIRS:
+        valid = " or ".join(map(repr, OF_PAIRS[fusion]))
+        raise UserError(f"objective.name={name!r}: model.fusion={fusion!r}; {fusion!r} goes with {valid}")
     raise UserError(
         f"objective.name={name!r}: model.fusion={fusion!r} reads images in conversations; give "
         "objective.name='conversation'"
@@ -111,6 +117,18 @@ def check_one_image(experiment: Experiment) -> None:
         raise UserError(
             f"data.image_fit='tiles': objective.name={experiment.objective.name!r} takes one image a row; give squash, "
             "pad or crop"
+        )
+
+
+def check_whole_batch(experiment: Experiment) -> None:
+    """Raises UserError where a step would see less than all rows of a batch at once, which are compared."""
+    data, optimizer, name = experiment.data, experiment.optimizer, experiment.objective.name
+    if data.batch_size == 1:
+        raise UserError(f"data.batch_size=1: objective.name={name!r} compares the rows of a batch; give 2 or more")
+    if optimizer.accumulation > 1 or optimizer.local_steps:
+        raise UserError(
+            f"optimizer.accumulation={optimizer.accumulation}: objective.name={name!r} compares all rows of a batch "
+            "with each other; give 1, and optimizer.local_steps=0"
         )
 
 

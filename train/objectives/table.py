@@ -9,6 +9,7 @@ from train.objectives import (
     contrastive,
     conversation,
     image_classification,
+    image_text,
     labels,
     masked,
     next_token,
@@ -33,6 +34,8 @@ OBJECTIVES: dict[str, Objective] = {
     "conversation": conversation.OBJECTIVE,
     "contrastive": contrastive.OBJECTIVE,
     "image_classification": image_classification.OBJECTIVE,
+    "image_text_classification": image_text.CLASSIFICATION,
+    "image_text_matching": image_text.MATCHING,
 }
 
 

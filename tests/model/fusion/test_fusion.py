@@ -431,6 +431,13 @@ WRONG: dict[str, tuple[str, dict[str, Any]]] = {  # the field named: the fusion,
         "contrastive",
         {"kind": "encoder_decoder", "pool": "mean", "positions": "none"},
     ),
+    "model.fusion='late': not with model.kind='decoder'; valid: encoder": ("late", {"pool": "mean"}),
+    "model.head='token': model.fusion='late' needs 'pooled'": (
+        "late",
+        {"kind": "encoder", "head": "token", "labels": 2, "pool": "mean"},
+    ),
+    "model.vision.pool='none': one of class, mean": ("late", {"kind": "encoder", "head": "pooled", "labels": 2}),
+    "model.vision.combine='sum': valid: concatenation, average": ("late", {"combine": "sum"}),
     "model.vision.pool='mean': only with": ("merge", {"pool": "mean"}),
     "model.vision.pool='none': one of class, mean, map": ("contrastive", {}),
     "model.vision.mask='prefix': not with memory": ("merge", {"mask": "prefix", "memory": 4}),
@@ -470,9 +477,11 @@ EFFECTS = {  # of model.vision: a value that is no default, and the fusions in w
     "similarity": ("sigmoid", ("contrastive",)),
     "projection_dim": (4, ("contrastive",)),
     "text_pool": ("last", ("contrastive",)),
+    "combine": ("average", ("late",)),
 }
 POOLED = {"pool": "mean", "connector": "none"}
 SEEING: dict[str, dict[str, Any]] = {fusion: {} for fusion in ("merge", "cross", "co", "tangled")}
+SEEING |= {"late": POOLED | {"kind": "encoder", "head": "pooled", "labels": 3}}
 SEEING |= {"contrastive": POOLED, "none": POOLED | {"kind": "vision", "labels": 3}}
 
 
@@ -499,7 +508,8 @@ def test_dropout_is_refused_where_nothing_drops(field):
     for fusion, named in (("contrastive", "model.fusion='contrastive'"), ("none", "model.kind='vision'")):
         with pytest.raises(UserError, match=f"^model.{field}=0.1: has no effect with {named}; valid: 0"):
             configured(fusion, **SEEING[fusion], **{field: 0.1})
-    configured("merge", **{field: 0.1})
+    for fusion in ("merge", "late"):
+        configured(fusion, **SEEING[fusion], **{field: 0.1})
 
 
 def test_a_width_that_no_connection_has_to_divide_is_none_of_its_business():

@@ -45,6 +45,16 @@ CASES: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
         {"fusion": "contrastive", "kind": "encoder"},
         {"pool": "map", "similarity": "sigmoid", "text_pool": "last", **POOLED},
     ),
+    "late": (
+        "image_text_classification",
+        {"fusion": "late", "kind": "encoder", "head": "pooled", "labels": 5},
+        MEAN,
+    ),
+    "late-matching": (
+        "image_text_matching",
+        {"fusion": "late", "kind": "encoder", "head": "pooled", "labels": 2},
+        {"pool": "map", "connector": "none", "combine": "average"},
+    ),
     "bert": ("masked", {"kind": "encoder", "positions": "learned", "token_types": 2}, {}),
     "t5": ("span_corruption", {"kind": "encoder_decoder", "decoder_layers": 4, "positions": "relative"}, {}),
     "shared": ("next_token", {"share_layers": "alternate", "share_size": 2, "share_rank": 2}, {}),

@@ -23,7 +23,7 @@ from train.config import DataConfig
 from train.data.batch import Batch
 from train.data.chat import packing
 from train.data.chat import sources as image_text
-from train.data.chat.record import Conversation, Side
+from train.data.chat.record import IMAGE, Conversation, Side
 from train.data.chat.skipping import Skipping, walk
 from train.data.images.look import look
 from train.data.made import made
@@ -55,7 +55,8 @@ def open_source(name: str, data: DataConfig, size: int) -> ConversationSource:
             return Side(length, read, read)
 
         held_out = side("test", MADE_HELD_OUT if data.holdout else 0)
-        return ConversationSource(name, side("train", MADE_TRAIN), held_out, made.digest(), alone=True)
+        listed = made.ANSWERS.get(name, ())
+        return ConversationSource(name, side("train", MADE_TRAIN), held_out, made.digest(), listed, alone=True)
     found = image_text.open_source(name, data, image_field=data.image_field, text_field=data.caption_field)
     numbers: dict[bool, list[int]] = {False: [], True: []}
     for index in range(len(found)):
@@ -116,10 +117,14 @@ def conversation_row(
 
 def last_answer(conversation: Conversation) -> str:
     """What the assistant says last. Raises UserError where it says nothing."""
+    return _last(conversation, "assistant")
+
+
+def _last(conversation: Conversation, role: str) -> str:
     for turn in reversed(conversation.turns):
-        if turn.role == "assistant":
+        if turn.role == role:
             return turn.text
-    raise UserError(f"{conversation.key}: the assistant says nothing")
+    raise UserError(f"{conversation.key}: the {role} says nothing")
 
 
 def text_row(text: str, tokenizer: Tokenizer, context: int) -> Batch:
@@ -143,17 +148,45 @@ def caption_row(
     conversation: Conversation, tokenizer: Tokenizer, data: DataConfig, model: ModelConfig, counts: Counter[str]
 ) -> Batch:
     """A row of an image and a text about it, what the assistant says last (contrastive)."""
-    text, image = tokenizer.encode(last_answer(conversation)), _one_image(conversation, data, model)
-    if len(text) > data.context - 2:
+    return _said(last_answer(conversation), tokenizer, data, counts) | _one_image(conversation, data, model)
+
+
+def question_row(
+    conversation: Conversation,
+    names: dict[str, int],
+    tokenizer: Tokenizer,
+    data: DataConfig,
+    model: ModelConfig,
+    counts: Counter[str],
+) -> Batch:
+    """A row [T] of an image, what the user says last about it, and, at its first position, its class, which what
+    counts in the assistant's last answer is the name of."""
+    row = _said(_last(conversation, "user").replace(IMAGE, "").strip(), tokenizer, data, counts)
+    number = _number(conversation, made.answer(last_answer(conversation)), names)
+    targets = np.where(np.arange(data.context) == 0, number, 0).astype(np.int32)
+    return row | {"targets": targets} | _one_image(conversation, data, model)
+
+
+def _said(text: str, tokenizer: Tokenizer, data: DataConfig, counts: Counter[str]) -> Batch:
+    """The row [T] of a text, which is counted where it has to be cut."""
+    ids = tokenizer.encode(text)
+    if len(ids) > data.context - 2:
         counts["cut_texts"] += 1
-    return _text_row(text, tokenizer, data.context) | image
+    return _text_row(ids, tokenizer, data.context)
 
 
 def class_row(conversation: Conversation, names: dict[str, int], data: DataConfig, model: ModelConfig) -> Batch:
     """A row [1] of an image and its class, which what the assistant says last is the name of."""
-    one, target = np.ones(1, np.int32), np.array([names[last_answer(conversation)]], np.int32)
+    number = _number(conversation, last_answer(conversation), names)
+    one, target = np.ones(1, np.int32), np.array([number], np.int32)
     row = {"tokens": 0 * one, "targets": target, "loss_weights": one.astype(np.float32)}
     return row | {"segments": one, "positions": 0 * one} | _one_image(conversation, data, model)
+
+
+def _number(conversation: Conversation, name: str, names: dict[str, int]) -> int:
+    if name not in names:
+        raise UserError(f"{conversation.key}: {name!r} is none of the {len(names)} classes")
+    return names[name]
 
 
 def _one_image(conversation: Conversation, data: DataConfig, model: ModelConfig) -> dict[str, np.ndarray]:
@@ -168,11 +201,17 @@ def good(side: Side, data: DataConfig, read: Callable[[Conversation], Any] = lam
     return Skipping(lambda index: read(side.read(index)), side.length, data.max_bad_fraction)
 
 
-def class_names(sources: Sequence[ConversationSource], labels: int, data: DataConfig) -> tuple[str, ...]:
-    """The classes of all sources in order. Raises UserError as soon as more than `labels` are found."""
+def class_names(
+    sources: Sequence[ConversationSource],
+    labels: int,
+    data: DataConfig,
+    of: Callable[[str], str] = lambda said: said,
+) -> tuple[str, ...]:
+    """The classes of all sources in order; `of`: the class that something said is of. Raises UserError as soon as more
+    than `labels` are found."""
     names: set[str] = set()
     for name in (name for source in sources for name in _names_of(source, data)):
-        names.add(name)
+        names.add(of(name))
         if len(names) > labels:
             raise UserError(f"model.labels={labels}: there are more classes: {', '.join(sorted(names)[:20])}")
     return tuple(sorted(names))

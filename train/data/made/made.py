@@ -8,9 +8,14 @@ from pathlib import Path
 from tpu.errors import UserError
 from train.data.chat.record import Conversation
 from train.data.made import charts, clips, scenes, words
+from train.data.made.drawing import COLOURS, SHAPES
 
 MAKERS = {"scenes": scenes, "charts": charts, "clips": clips, "words": words}
 NAMES = tuple(f"{room}:{task}" for room, maker in MAKERS.items() for task in maker.TASKS)
+
+# Answers, as `answer` has them, of the questions that have few.
+OF_SCENE = (*COLOURS, *SHAPES, *map(str, range(scenes.MOST + 1)), "yes", "no")
+ANSWERS = {"scenes:question": OF_SCENE, "scenes:dialogue": OF_SCENE}
 
 
 def make(name: str, seed: int, split: str, index: int, size: int = 64) -> Conversation:
