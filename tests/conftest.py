@@ -53,6 +53,15 @@ hypothesis.settings.register_profile("tests", deadline=None, derandomize=True, d
 hypothesis.settings.load_profile("tests")
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Marks as slow what slow.txt names: long cases whose kind a shorter case covers."""
+    slow = set(Path(__file__).with_name("slow.txt").read_text(encoding="utf-8").splitlines())
+    for item in items:
+        if item.nodeid in slow:
+            item.add_marker("slow")
+
+
 def pytest_unconfigure() -> None:
     """Removes this session's caches."""
     if "PYTEST_XDIST_WORKER" not in os.environ:

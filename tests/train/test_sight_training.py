@@ -310,7 +310,9 @@ def test_one_bad_record_stops_neither_tokenizer_nor_training_nor_evaluation(tmp_
 # Answers
 
 
-@pytest.mark.parametrize("fusion", ["merge", "cross", "co", "tangled"])
+@pytest.mark.parametrize(
+    "fusion", ["merge", "cross", *(pytest.param(name, marks=pytest.mark.slow) for name in ("co", "tangled"))]
+)
 def test_answers_are_those_of_the_uncached_model(fusion, of_fusion):
     """What `replier` says, greedily through the cache, is the argmax of the plain forward pass, row by row."""
     run = open_checkpoint(of_fusion(fusion), compute_dtype="float32")

@@ -98,11 +98,8 @@ def test_every_tool_takes_an_imported_workdir(peer, tmp_path, corpus_file):
     assert trained.returncode == 0, trained.stderr
     assert "starting from the weights imported" in trained.stdout
     assert checkpoint.latest_complete(workdir / "checkpoints") == 2
-    evaluated = [
-        command("train.evaluate", f"--checkpoint={step}", f"--json={tmp_path}/{step.name}.json")
-        for step in (workdir / "checkpoints" / "0", workdir)
-    ]
-    assert evaluated[1].returncode == 0, evaluated[1].stderr
+    evaluated = command("train.evaluate", f"--checkpoint={workdir}")
+    assert evaluated.returncode == 0, evaluated.stderr
     # Nothing was learned: what is exported after training is what was imported before.
     export_model(workdir, tmp_path / "exported", None, "auto", 10**9, "weights")
     before, after = open_directory(peer), open_directory(tmp_path / "exported")
@@ -177,7 +174,7 @@ print(imported, in_place - sum(w.nbytes for w in jax.tree.leaves(weights)), Open
 
 
 def test_the_host_holds_one_tensor_at_a_time(tmp_path):
-    wide = {"embed_dim": 512, "heads": 8, "head_dim": 64, "mlp_dim": 2048, "vocab_size": 32768, "layers": 12}
+    wide = {"embed_dim": 512, "heads": 8, "head_dim": 64, "mlp_dim": 2048, "vocab_size": 8192, "layers": 14}
     model = dataclasses.replace(LLAMA, **wide, init="normal")
     small, large = write_peer(tmp_path / "a"), write_peer(tmp_path / "b", model, 100 * 2**20)
     done = subprocess.run(

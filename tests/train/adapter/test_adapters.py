@@ -536,7 +536,7 @@ def command(*arguments: str) -> subprocess.CompletedProcess:
     return subprocess.run([sys.executable, "-m", *arguments], cwd=ROOT, capture_output=True, text=True)
 
 
-def test_the_commands(trained_base, corpus_file, tmp_path, as_users_compile):
+def test_the_commands(trained_base, corpus_file, tmp_path):
     """As people type them: what goes wrong is one line and status 2; training, evaluation and generation go through."""
     lora = ("--config=configs/adapter.py:lora", f"--checkpoint={trained_base}")
     for arguments, message in (
