@@ -101,6 +101,13 @@ def peers_python() -> str:
     return sys.executable
 
 
+@pytest.fixture(scope="module")
+def strict_promotion() -> Iterator[None]:
+    """Arrays of other ranks or number formats do not quietly become alike."""
+    with jax.numpy_rank_promotion("raise"), jax.numpy_dtype_promotion("strict"):
+        yield
+
+
 @pytest.fixture(scope="session")
 def one_device() -> jax.sharding.Mesh:
     """The mesh of the first device alone."""

@@ -23,6 +23,7 @@ from model.fields.shape import GATED
 from model.place import Place
 from model.weights import bind
 
+pytestmark = pytest.mark.usefixtures("strict_promotion")
 SMALL = ModelConfig(
     vocab_size=23,
     layers=4,
