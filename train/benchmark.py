@@ -8,8 +8,12 @@ Needs neither Grain nor tensorflow-datasets.
 
 from __future__ import annotations
 
+import contextlib
+import pathlib
 import statistics
+import tempfile
 import time
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
 from absl import flags
@@ -23,12 +27,15 @@ if TYPE_CHECKING:
     import numpy as np
 
     from train.data.batch import Batch, Field
+    from train.program import Program
+    from train.state import TrainState
 
 WARM_UP_STEPS = 5  # On CPU the first steps still fault in the memory that later ones reuse.
 
 if __name__ == "__main__":
     entry.define_config()
     flags.DEFINE_integer("steps", 20, "steps to time, after five that warm up", lower_bound=1)
+    flags.DEFINE_integer("every", 0, "evaluate and save after so many steps; 0: never", lower_bound=0)
     flags.DEFINE_boolean("decode", False, "time generation instead of training")
     flags.DEFINE_integer("rows", 1, "with --decode: sequences generated at a time", lower_bound=1)
     flags.DEFINE_integer("prompt_tokens", 16, "with --decode: tokens of the prompt", lower_bound=1)
@@ -56,7 +63,7 @@ def main() -> int:
             experiment, entry.FLAGS.rows, entry.FLAGS.prompt_tokens, entry.FLAGS.new_tokens, entry.FLAGS.steps
         )
     else:
-        figures |= training_figures(experiment, entry.FLAGS.steps, started)
+        figures |= training_figures(experiment, entry.FLAGS.steps, started, entry.FLAGS.every)
     rate = figures["matmul_flops_per_second"] = host.measured_matmul_rate(experiment.model.compute_dtype)
     if not entry.FLAGS.decode:
         figures["mfu"] = figures["model_flops_per_second"] / (rate * jax.device_count())
@@ -86,8 +93,11 @@ def drawn_batch(experiment: Experiment) -> Batch:
     return {name: draw(field) for name, field in layout_of(experiment).items()}
 
 
-def training_figures(experiment: Experiment, steps: int, started: float) -> dict[str, Any]:
-    """Seconds to the end of the first step since `started`, and the median over `steps` later ones."""
+def training_figures(experiment: Experiment, steps: int, started: float, every: int = 0) -> dict[str, Any]:
+    """Seconds to the end of the first step since `started`, and the median over `steps` later ones.
+
+    After every `every` steps (0: never) the batch is evaluated and the state saved, to a folder that is then deleted.
+    """
     import jax
 
     from tpu.mesh import make_mesh
@@ -98,17 +108,20 @@ def training_figures(experiment: Experiment, steps: int, started: float) -> dict
     rows, tokens = experiment.data.batch_size, experiment.data.context
     batch = drawn_batch(experiment)
     mesh = make_mesh(experiment.mesh)
-    seconds = []
-    with jax.set_mesh(mesh):
+    seconds, memory = [], host.FreedMemory()
+    with jax.set_mesh(mesh), _other_work(experiment) as other_work:
         program = make_program(experiment, mesh)
         state = program.init(jax.random.key(experiment.run.seed), {})
-        for _ in range(steps + WARM_UP_STEPS):
+        for number in range(1, steps + WARM_UP_STEPS + 1):
             before = time.perf_counter()
             state, metrics = program.step(state, batch, {})
             jax.block_until_ready(metrics)
             seconds.append(time.perf_counter() - before)
-            if len(seconds) == 1:
+            if number == 1:
                 first = time.perf_counter() - started
+            if other := every > 0 and number % every == 0:
+                other_work(number, program, state, batch)
+            memory.after_step(other)
     weights = program.abstract_state.weights
     flops = flops_per_token(experiment)
     step_seconds = statistics.median(seconds[WARM_UP_STEPS:])
@@ -121,6 +134,24 @@ def training_figures(experiment: Experiment, steps: int, started: float) -> dict
         "flops_per_token": flops,
         "model_flops_per_second": rows * tokens * flops / step_seconds,
     }
+
+
+@contextlib.contextmanager
+def _other_work(experiment: Experiment) -> Iterator[Callable[[int, Program, TrainState, Batch], None]]:
+    """What a run does between steps: evaluates, and saves to a folder that is deleted at the end."""
+    with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as at_the_end:
+        saving = []
+
+        def evaluate_and_save(number: int, program: Program, state: TrainState, batch: Batch) -> None:
+            if not saving:
+                from train.checkpoint.checkpoint import Checkpointer  # Its import is no part of the first step.
+
+                saving.append(Checkpointer(pathlib.Path(folder), experiment.run))
+                at_the_end.callback(saving[0].close)
+            float(next(iter(program.evaluate(state.weights, batch, {}, state.carried).sums.values())))
+            saving[0].save(number, state, {})
+
+        yield evaluate_and_save
 
 
 def decode_figures(

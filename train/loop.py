@@ -77,7 +77,7 @@ def train(
       evaluate: held-out figures of a state, among them `loss`; None where a signal cut it short.
     """
     settings, console = run.settings, run.console
-    host_time = HostTime()
+    host_time, memory = HostTime(), host.FreedMemory()
     watch = _Watch(run, host_time)
     started = time.monotonic()
     pending: tuple[int, dict[str, jax.Array], float] | None = None
@@ -117,6 +117,8 @@ def train(
                 run.checkpointer.save(now, state, run.meta(now), held_out)
             last_saved = now
         run.checkpointer.poll()
+        if jax.default_backend() == "cpu":
+            memory.after_step(other_work=save or ask)
     if pending is not None and watch.report(*pending) >= settings.max_bad_steps:
         reason = "diverged"
     if reason == "finished" and now < settings.steps:

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from tpu import rules
+from tpu import host, rules
 from train.config import Experiment
 from train.data.batch import Batch
 from train.layout import batch_layout, state_layout, weights_layout
@@ -79,11 +79,16 @@ def make_program(experiment: Experiment, mesh: Mesh) -> Program:
         init, step, state = localize(init, step, state, in_parts, experiment.optimizer)
     by_leaf, rows = _shardings(state), batch_layout(experiment, mesh)
     below, everywhere = _shardings(frozen), NamedSharding(mesh, PartitionSpec())
+    platform = experiment.model.platform
     evaluated = jax.jit(evaluate, in_shardings=(by_leaf.weights, rows, below, by_leaf.carried))
     return Program(
-        init=jax.jit(init, out_shardings=by_leaf),
+        init=jax.jit(init, out_shardings=by_leaf, compiler_options=host.start_compiler_options(platform)),
         step=jax.jit(
-            step, in_shardings=(by_leaf, rows, below), out_shardings=(by_leaf, everywhere), donate_argnames="state"
+            step,
+            in_shardings=(by_leaf, rows, below),
+            out_shardings=(by_leaf, everywhere),
+            donate_argnames="state",
+            compiler_options=host.step_compiler_options(platform),
         ),
         evaluate=lambda weights, batch, frozen, carried=None: evaluated(weights, batch, frozen, carried),
         abstract_state=state,
@@ -105,7 +110,9 @@ def _plan(experiment: Experiment) -> Plan:
         experiment=experiment,
         objective=objective,
         models=found,
-        rule=optimizer(experiment.optimizer, learning_rate, axes, still, experiment.run.seed),
+        rule=optimizer(
+            experiment.optimizer, learning_rate, axes, still, experiment.run.seed, experiment.model.platform == "cpu"
+        ),
         learning_rate=learning_rate,
         still=still,
     )

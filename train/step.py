@@ -34,9 +34,7 @@ def step(plan: Plan, state: TrainState, batch: Batch, frozen: Frozen) -> tuple[T
     gradient = jax.lax.with_sharding_constraint(gradient, plan.gradient_layout)
     gradient_norm = optax.tree.norm(gradient)
     finite = jnp.isfinite(found.loss) & jnp.isfinite(gradient_norm)
-    new, updates = _updated(plan, state, gradient, found)
-    new = new._replace(carried=state.carried if on_policy else carried)
-    new = _changed_where(finite, new, state)
+    new, update_ratio = _updated(plan, state, gradient, found, finite, state.carried if on_policy else carried)
     if plan.optimizer_layout is not None:
         new = new._replace(optimizer_state=jax.device_put(new.optimizer_state, plan.optimizer_layout))
     bad = (~finite).astype(jnp.int32)
@@ -49,7 +47,7 @@ def step(plan: Plan, state: TrainState, batch: Batch, frozen: Frozen) -> tuple[T
         "loss": found.loss,
         **found.figures,
         "grad_norm": gradient_norm,
-        "update_ratio": optax.tree.norm(updates) / optax.tree.norm(state.weights),
+        "update_ratio": update_ratio,
         "learning_rate": plan.learning_rate(state.step - state.skipped),
         "loss_tokens": next(iter(plan.objective.weights(batch).values())),
         "skipped": new.skipped,
@@ -58,11 +56,18 @@ def step(plan: Plan, state: TrainState, batch: Batch, frozen: Frozen) -> tuple[T
     return new, metrics | (balance_figures(found.routings) if found.routings else {})
 
 
-def _updated(plan: Plan, state: TrainState, gradient: Any, found: Found) -> tuple[TrainState, Any]:
-    """The state with new weights, their average and the optimizer's state, and the updates that made them."""
+def _updated(
+    plan: Plan, state: TrainState, gradient: Any, found: Found, finite: jax.Array, carried: Any
+) -> tuple[TrainState, jax.Array]:
+    """The state with new weights, their average, the optimizer's state and what is carried, where all was `finite`; and
+    the norm of the updates over that of the weights."""
     with jax.named_scope("optimizer"):
-        updates, optimizer_state = plan.rule.update(gradient, state.optimizer_state, state.weights)
+        updates, optimizer_state = plan.rule.update(gradient, state.optimizer_state, state.weights, finite=finite)
         updates = kept(plan, updates, jax.tree.map(jnp.zeros_like, updates))
+        update_ratio, counts = optax.tree.norm(updates) / optax.tree.norm(state.weights), finite
+        if plan.experiment.model.platform == "cpu":
+            # Read for the last time before they are written, the weights are not copied.
+            counts, update_ratio = jax.lax.optimization_barrier((finite, update_ratio))
         weights = optax.apply_updates(state.weights, updates)
     if plan.experiment.model.router_bias:
         weights, old = by_role(plan.models, weights), by_role(plan.models, state.weights)
@@ -72,14 +77,13 @@ def _updated(plan: Plan, state: TrainState, gradient: Any, found: Found) -> tupl
     ema = state.ema
     if ema is not None:
         ema = ema_update(ema, weights, plan.experiment.optimizer.ema_decay, state.step)
-    return state._replace(weights=weights, optimizer_state=optimizer_state, ema=ema), updates
+    optimizer_state = _where(finite, optimizer_state, state.optimizer_state)
+    weights, ema, carried = _where(counts, (weights, ema, carried), (state.weights, state.ema, state.carried))
+    return state._replace(weights=weights, optimizer_state=optimizer_state, ema=ema, carried=carried), update_ratio
 
 
-def _changed_where(finite: jax.Array, new: TrainState, old: TrainState) -> TrainState:
-    """The new state, with what learning changes taken from the old one unless all was finite."""
-    changes = [(s.weights, s.optimizer_state, s.ema, s.carried) for s in (new, old)]
-    chosen = jax.tree.map(lambda new, old: jnp.where(finite, new, old), *changes)
-    return new._replace(**dict(zip(("weights", "optimizer_state", "ema", "carried"), chosen, strict=True)))
+def _where(condition: jax.Array, new: Any, old: Any) -> Any:
+    return jax.tree.map(lambda new, old: jnp.where(condition, new, old), new, old)
 
 
 def evaluate(plan: Plan, weights: Any, batch: Batch, frozen: Frozen, carried: Any) -> Told:

@@ -87,11 +87,14 @@ def _backward(window, softcap, alibi, saved, g):
     delta = jnp.sum(g.astype(jnp.float32) * out.astype(jnp.float32), -1, keepdims=True)
     dq, dk, dv = [], jnp.zeros(k.shape, jnp.float32), jnp.zeros(v.shape, jnp.float32)
     in_turn = q.shape[3] > LONG
+    # Made to wait for g: cut for the forward pass and kept, the blocks of q, k and v take several times the memory of
+    # the whole, and weights that need not wait are made there and kept beside the scores.
+    late_q, late_k, late_v, log_sum, g = jax.lax.optimization_barrier((q, k, v, log_sum, g))
     for first, last, start, end in blocks(q.shape[3], window, k.shape[2] - q.shape[3]):
         scores, slope = _scores(q, k, segments, positions, window, softcap, alibi, first, last, start, end)
-        g_block, q_block, keys = g[..., start:end, :], q[..., start:end, :], k[:, :, first:last]
+        g_block, q_block, keys = g[..., start:end, :], late_q[..., start:end, :], late_k[:, :, first:last]
         weights = jnp.exp(scores - log_sum[..., start:end, :])
-        d_weights = _einsum("bgrck,bgsk->bgrcs", g_block, v[:, :, first:last])
+        d_weights = _einsum("bgrck,bgsk->bgrcs", g_block, late_v[:, :, first:last])
         d_scores = weights * (d_weights - delta[..., start:end, :]) * slope
         d_scores = d_scores.astype(q.dtype)
         dv = dv.at[:, :, first:last].add(_einsum("bgrcs,bgrck->bgsk", weights.astype(g.dtype), g_block))

@@ -2,9 +2,10 @@
 
 In every round each contender runs once, one after the other, each in its own process: ours (`train.benchmark`), then
 the PyTorch twin of `gpt_torch.py`, eager and compiled; for decoding ours, then `transformers`. The ratio is taken
-inside a round and its median over rounds is reported, so that a machine whose speed drifts favours nobody. The share of
-the processor that went to anything else is reported too: a busy machine slows OpenMP's threads more than XLA's, and
-figures taken on one flatter us. The two sides may be different interpreters, since torch is no dependency of ours:
+inside a round and its median over rounds is reported, so that a machine whose speed drifts favours nobody. So are those
+of the first step to the compiled twin's, and of peak memory to the smaller of both twins'. The share of the processor
+that went to anything else is reported too: a busy machine slows OpenMP's threads more than XLA's, and figures taken on
+one flatter us. The two sides may be different interpreters, since torch is no dependency of ours:
 
 python tests/peers/compare_speed.py --torch_python=/path/to/an/environment/with/torch/and/transformers/bin/python
 """
@@ -13,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import platform
 import re
@@ -32,10 +34,11 @@ CASES = {
     "124m": {"layers": 12, "embed_dim": 768, "heads": 12, "context": 512, "batch_size": 4, "vocab_size": 50257},
 }
 DECODE_BATCHES = (1, 8)
+LONG_STEPS = 100  # with --long, beside the steps that warm up
 CONFIG = "--config=configs/gpt2.py:124m"
 
 
-def our_training(case: dict[str, int], dtype: str, steps: int) -> list[str]:
+def our_training(case: dict[str, int], dtype: str, steps: int, every: int) -> list[str]:
     """Arguments of our benchmark for the twin's shape: learned positions for just the context, as the twin has them."""
     model = {f: case[f] for f in ("layers", "embed_dim", "heads", "vocab_size")}
     model |= {"max_positions": case["context"], "compute_dtype": dtype}
@@ -43,7 +46,7 @@ def our_training(case: dict[str, int], dtype: str, steps: int) -> list[str]:
     overrides = [f"--config.model.{f}={v}" for f, v in model.items()] + [
         f"--config.data.{f}={v}" for f, v in data.items()
     ]
-    return ["-m", "train.benchmark", CONFIG, *overrides, f"--steps={steps}"]
+    return ["-m", "train.benchmark", CONFIG, *overrides, f"--steps={steps}", f"--every={every}"]
 
 
 def our_decoding(batch_size: int) -> list[str]:
@@ -92,10 +95,13 @@ def train_round(
     case, seconds = CASES[name], arguments.seconds
     if arguments.vocab_size and name == "124m":
         case = case | {"vocab_size": arguments.vocab_size}
-    steps = max(4, round(seconds / step_seconds))
-    results = {"ours": measure(f"{label} ours", arguments.python, our_training(case, dtype, steps))}
+    steps, every = max(4, round(seconds / step_seconds)), 0
+    if arguments.long:
+        steps, every, seconds = LONG_STEPS, LONG_STEPS // 4, math.inf
+    results = {"ours": measure(f"{label} ours", arguments.python, our_training(case, dtype, steps, every))}
+    shape = case | {"steps": steps, "every": every}
     for mode in ("eager", "compile"):
-        results[mode] = measure(f"{label} {mode}", arguments.torch_python, twin(mode, dtype, seconds, case))
+        results[mode] = measure(f"{label} {mode}", arguments.torch_python, twin(mode, dtype, seconds, shape))
     sizes = {contender: result["parameters"] for contender, result in results.items()}
     if len(set(sizes.values())) > 1:
         sys.exit(f"{label}: the contenders differ in parameters: {sizes}")
@@ -118,8 +124,14 @@ def guessed_step_seconds(case: dict[str, int], dtype: str) -> float:
 
 
 def ratios(rounds: list[dict[str, Any]], key: str) -> list[float]:
-    """Per round, our speed over the best of the others."""
-    return [r["ours"][key] / max(v[key] for k, v in r.items() if k != "ours") for r in rounds]
+    """Per round, ours over the best of the others: the fastest, the smallest, of first steps the compiled one."""
+    found = []
+    for results in rounds:
+        others = {name: result[key] for name, result in results.items() if name != "ours"}
+        if key == "first_step_seconds":
+            others = {name: value for name, value in others.items() if name == "compile"}
+        found.append(results["ours"][key] / (min if key == "peak_host_bytes" else max)(others.values()))
+    return found
 
 
 def machine(arguments: argparse.Namespace) -> dict[str, Any]:
@@ -153,27 +165,33 @@ def table(rounds: dict[str, list[dict[str, Any]]], about: dict[str, Any]) -> str
         f"MKL dispatches for: {about['mkl_path']}; processor time taken by others: {statistics.median(shares):.0%} "
         f"(at most {max(shares):.0%})",
         "",
-        "| case | rounds | contender | tokens/s | first step, s | peak memory, GB | matmul GFLOP/s | ours / best |",
-        "|---|---|---|---|---|---|---|---|",
+        "| case | rounds | contender | tokens/s | first step, s | peak memory, GB | matmul GFLOP/s "
+        "| speed / best | first step / compile | memory / least |",
+        "|---|---|---|---|---|---|---|---|---|---|",
     ]
     for case, results in rounds.items():
-        key = "decode_tokens_per_second" if case.startswith("decode") else "tokens_per_second"
-        ratio = ratios(results, key)
+        decodes = case.startswith("decode")
+        key = "decode_tokens_per_second" if decodes else "tokens_per_second"
+        compared = (key, *(() if decodes else ("first_step_seconds",)), "peak_host_bytes")
+        beside = {name: _with_range(ratios(results, name)) for name in compared}
         for contender in results[0]:
             cells = [
                 _median([r[contender].get(k) for r in results], scale, digits)
                 for k, scale, digits in (
-                    (key, 1, 1 if key.startswith("decode") else 0),
+                    (key, 1, 1 if decodes else 0),
                     ("first_step_seconds", 1, 1),
                     ("peak_host_bytes", 1e-9, 2),
                     ("matmul_flops_per_second", 1e-9, 0),
                 )
             ]
-            best = (
-                f"**{statistics.median(ratio):.2f}** ({min(ratio):.2f}–{max(ratio):.2f})" if contender == "ours" else ""
-            )
-            rows.append(f"| {case} | {len(results)} | {contender} | {' | '.join(cells)} | {best} |")
+            for name in (key, "first_step_seconds", "peak_host_bytes"):
+                cells.append(beside.get(name, "–") if contender == "ours" else "")
+            rows.append(f"| {case} | {len(results)} | {contender} | {' | '.join(cells)} |")
     return "\n".join(rows)
+
+
+def _with_range(values: list[float]) -> str:
+    return f"**{statistics.median(values):.2f}** ({min(values):.2f}–{max(values):.2f})"
 
 
 def _median(values: list[float | None], scale: float, digits: int) -> str:
@@ -189,6 +207,9 @@ def main() -> None:
     parser.add_argument("--cases", nargs="+", choices=(*CASES, "decode"), default=[*CASES, "decode"])
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--seconds", type=float, default=20.0, help="timed work per run")
+    parser.add_argument(
+        "--long", action="store_true", help="of training 100 steps, with an evaluation and a save after every 25"
+    )
     parser.add_argument("--vocab_size", type=int, default=0, help="of 124m; 0: GPT-2's 50,257")
     parser.add_argument("--json", type=Path, help="file for every figure of every round")
     arguments = parser.parse_args()

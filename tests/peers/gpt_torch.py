@@ -20,6 +20,7 @@ import json
 import math
 import resource
 import statistics
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -77,14 +78,18 @@ class GPT(nn.Module):
         return F.cross_entropy(logits.flatten(0, 1), targets.flatten())
 
 
-def make_step(model: GPT, dtype: str, mode: str, learning_rate: float = 3e-4) -> Callable[..., float]:
-    """Returns `step(tokens, targets) -> loss`, which updates `model` in place. Weights stay float32 in either dtype."""
-    loss_of = torch.compile(model) if mode == "compile" else model
-    weights = list(model.parameters())
+def make_optimizer(model: GPT, learning_rate: float = 3e-4) -> torch.optim.Optimizer:
+    """AdamW, which decays the matrices of the layers."""
     matrices = [w for n, w in model.named_parameters() if w.dim() == 2 and n.startswith("blocks")]
     others = [w for n, w in model.named_parameters() if w.dim() < 2 or not n.startswith("blocks")]
     groups = [{"params": matrices, "weight_decay": 0.1}, {"params": others, "weight_decay": 0.0}]
-    optimizer = torch.optim.AdamW(groups, lr=learning_rate, betas=(0.9, 0.95), fused=True)
+    return torch.optim.AdamW(groups, lr=learning_rate, betas=(0.9, 0.95), fused=True)
+
+
+def make_step(model: GPT, optimizer: torch.optim.Optimizer, dtype: str, mode: str) -> Callable[..., float]:
+    """Returns `step(tokens, targets) -> loss`, which updates `model` in place. Weights stay float32 in either dtype."""
+    loss_of = torch.compile(model) if mode == "compile" else model
+    weights = list(model.parameters())
     cast = torch.autocast("cpu", dtype=torch.bfloat16) if dtype == "bfloat16" else contextlib.nullcontext()
 
     def step(tokens: torch.Tensor, targets: torch.Tensor) -> float:
@@ -99,11 +104,20 @@ def make_step(model: GPT, dtype: str, mode: str, learning_rate: float = 3e-4) ->
     return step
 
 
+def evaluate_and_save(model: GPT, optimizer: torch.optim.Optimizer, rows: torch.Tensor) -> None:
+    """What a run does between steps: the loss of a batch without gradients, and a checkpoint, which is deleted."""
+    with torch.inference_mode():
+        model(rows[:, :-1], rows[:, 1:])
+    with tempfile.TemporaryFile() as file:
+        torch.save({"model": model.state_dict(), "optimizer": optimizer.state_dict()}, file)
+
+
 def measure_training(arguments: argparse.Namespace) -> dict[str, float]:
     """Times steps on fresh random tokens: the median after warm-up, and the time from start to the end of the first."""
     torch.manual_seed(0)
     model = GPT(arguments.layers, arguments.embed_dim, arguments.heads, arguments.context, arguments.vocab_size)
-    step = make_step(model, arguments.dtype, arguments.mode)
+    optimizer = make_optimizer(model)
+    step = make_step(model, optimizer, arguments.dtype, arguments.mode)
     shape = (arguments.batch_size, arguments.context + 1)
     seconds, losses = [], []
     while len(seconds) <= WARM_UP_STEPS or (
@@ -115,6 +129,8 @@ def measure_training(arguments: argparse.Namespace) -> dict[str, float]:
         seconds.append(time.perf_counter() - begin)
         if len(seconds) == 1:
             first_step_seconds = time.perf_counter() - STARTED
+        if arguments.every and len(seconds) % arguments.every == 0:
+            evaluate_and_save(model, optimizer, rows)
     timed = seconds[1 + WARM_UP_STEPS :]
     return {
         "step_seconds": statistics.median(timed),
@@ -178,6 +194,7 @@ def main() -> None:
     parser.add_argument("--mode", choices=("eager", "compile", "decode"), default="eager")
     parser.add_argument("--steps", type=int, default=50, help="most steps (decode: calls) to time")
     parser.add_argument("--seconds", type=float, default=20.0, help="stop after this much timed work")
+    parser.add_argument("--every", type=int, default=0, help="evaluate and save after so many steps; 0: never")
     parser.add_argument("--prompt_tokens", type=int, default=16, help="of --mode decode")
     parser.add_argument("--new_tokens", type=int, default=128, help="of --mode decode")
     parser.add_argument("--json", type=Path, help="file for the result")

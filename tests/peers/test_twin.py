@@ -49,7 +49,7 @@ def test_no_position_sees_the_future():
 def test_it_learns_a_batch(dtype):
     torch.manual_seed(0)
     model = gpt_torch.GPT(layers=2, embed_dim=32, heads=2, context=16, vocab_size=65)
-    step = gpt_torch.make_step(model, dtype, "eager", learning_rate=1e-2)
+    step = gpt_torch.make_step(model, gpt_torch.make_optimizer(model, learning_rate=1e-2), dtype, "eager")
     rows = torch.randint(65, (4, 17))
     losses = [step(rows[:, :-1], rows[:, 1:]) for _ in range(20)]
     assert losses[0] == pytest.approx(math.log(65), abs=0.15)

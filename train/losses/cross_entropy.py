@@ -174,7 +174,9 @@ def _cut(array: jax.Array, index: jax.Array, chunks: int) -> jax.Array:
 
 def _terms(logits, targets, loss_weights, smoothing, z_loss):
     """Loss and negative log-likelihood of one chunk, summed, and the loss's gradient for logits [B, C, V]."""
-    vocab_size = logits.shape[-1]
+    shape, vocab_size = logits.shape, logits.shape[-1]
+    # As the product of the head leaves them and as its gradient takes them: XLA:CPU then writes one over the other.
+    logits, targets, loss_weights = logits.reshape(-1, vocab_size), targets.reshape(-1), loss_weights.reshape(-1)
     log_z = jax.nn.logsumexp(logits, axis=-1)
     target_logit = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
     nll = log_z - target_logit
@@ -185,4 +187,4 @@ def _terms(logits, targets, loss_weights, smoothing, z_loss):
     d_logits = jnp.exp(logits - log_z[..., None]) * scale - loss_weights[..., None] * (smoothing / vocab_size)
     is_target = jnp.arange(vocab_size)[None, None] == targets[..., None]
     d_logits = jnp.where(is_target, d_logits - loss_weights[..., None] * (1 - smoothing), d_logits)
-    return jnp.sum(loss * loss_weights), jnp.sum(nll * loss_weights), d_logits
+    return jnp.sum(loss * loss_weights), jnp.sum(nll * loss_weights), d_logits.reshape(shape)

@@ -16,17 +16,17 @@ def trained_part(tree: Any, still: Any) -> Any:
     return {name: trained_part(tree[name], of) for name, of in still.items() if not all(jax.tree.leaves(of))}
 
 
-def of_trained(rule: optax.GradientTransformation, still: Any) -> optax.GradientTransformation:
+def of_trained(rule: optax.GradientTransformationExtraArgs, still: Any) -> optax.GradientTransformationExtraArgs:
     """The rule for all weights that leaves those frozen that `still` names; its state is that of the others."""
 
     def init(weights: Any) -> Any:
         return rule.init(trained_part(weights, still))
 
-    def update(gradient: Any, state: Any, weights: Any) -> tuple[Any, Any]:
-        changes, state = rule.update(trained_part(gradient, still), state, trained_part(weights, still))
+    def update(gradient: Any, state: Any, weights: Any, **extra: Any) -> tuple[Any, Any]:
+        changes, state = rule.update(trained_part(gradient, still), state, trained_part(weights, still), **extra)
         return _filled(changes, gradient, still), state
 
-    return optax.GradientTransformation(init, update)
+    return optax.GradientTransformationExtraArgs(init, update)
 
 
 def _filled(changes: Any, gradient: Any, still: Any) -> Any:
