@@ -174,7 +174,7 @@ print(imported, in_place - sum(w.nbytes for w in jax.tree.leaves(weights)), Open
 
 
 def test_the_host_holds_one_tensor_at_a_time(tmp_path):
-    wide = {"embed_dim": 512, "heads": 8, "head_dim": 64, "mlp_dim": 2048, "vocab_size": 8192, "layers": 14}
+    wide = {"embed_dim": 512, "heads": 8, "head_dim": 64, "mlp_dim": 2048, "vocab_size": 8192, "layers": 17}
     model = dataclasses.replace(LLAMA, **wide, init="normal")
     small, large = write_peer(tmp_path / "a"), write_peer(tmp_path / "b", model, 100 * 2**20)
     done = subprocess.run(
