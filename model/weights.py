@@ -18,7 +18,7 @@ from model.config import ModelConfig
 
 Weights = dict[str, Any]
 
-_BUILT: dict[Any, Any] = {}  # what `build` found for a config's fields and a class
+_BUILT: dict[Any, Any] = {}  # what `build` found for a config's fields, a class and a mesh
 
 MATRICES = ("kernel", "embedding")  # names of the weights that activations meet in `model.linear`
 
@@ -55,7 +55,8 @@ def build(config: ModelConfig, make: Callable[..., nnx.Module]) -> tuple[nnx.Gra
     Allocates nothing and touches no device. `config` must be `resolved` and `placed`; `make` is the class of a module
     (of a whole model `model.kinds.build` knows it).
     """
-    key = repr(config), make  # A run asks five times, and tracing takes seconds.
+    # A run asks five times, and tracing takes seconds. Leaves know the mesh in use.
+    key = repr(config), make, jax.sharding.get_abstract_mesh()
     if key not in _BUILT:
         graphdef, state = nnx.split(nnx.eval_shape(lambda: make(config, nnx.Rngs(0))))
         axes = jax.tree.map(lambda p: p.get_metadata("axes"), state, is_leaf=lambda n: isinstance(n, nnx.Variable))
