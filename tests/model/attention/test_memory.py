@@ -85,7 +85,9 @@ def test_rows_in_turn_equal_one_long_row(name):
     _, graphdef, weights = model
     wanted, _ = forward(graphdef, weights, tokens, place)
     real = place.segments > 0
-    np.testing.assert_allclose(found[real], np.asarray(wanted)[real], atol=3e-5)
+    # Sums of linear attention go on in another order; by processor they differ by 4e-5 of values up to 3.
+    atol = 6e-5 if name == "linear" else 3e-5
+    np.testing.assert_allclose(found[real], np.asarray(wanted)[real], atol=atol)
 
 
 def test_a_short_memory_reaches_no_further():
