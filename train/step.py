@@ -65,6 +65,7 @@ def _updated(
         updates, optimizer_state = plan.rule.update(gradient, state.optimizer_state, state.weights, finite=finite)
         updates = kept(plan, updates, jax.tree.map(jnp.zeros_like, updates))
         update_ratio, counts = optax.tree.norm(updates) / optax.tree.norm(state.weights), finite
+        update_ratio = jnp.where(finite, update_ratio, jnp.nan)  # There was no update.
         if plan.experiment.model.platform == "cpu":
             # Read for the last time before they are written, the weights are not copied.
             counts, update_ratio = jax.lax.optimization_barrier((finite, update_ratio))
