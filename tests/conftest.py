@@ -29,6 +29,10 @@ import pytest
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ["JAX_COMPILATION_CACHE_DIR"] = f"{tempfile.gettempdir()}/foursight-compiled-{getpass.getuser()}"
 os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
+if os.environ.pop("PYTHONDONTWRITEBYTECODE", ""):
+    # Bytecode lies apart from the sources then; without it every process that a test starts compiles a second more.
+    os.environ["PYTHONPYCACHEPREFIX"] = f"{os.environ['JAX_COMPILATION_CACHE_DIR']}/bytecode"
+    sys.dont_write_bytecode, sys.pycache_prefix = False, os.environ["PYTHONPYCACHEPREFIX"]
 if "PYTEST_XDIST_WORKER" not in os.environ:  # Workers have the environment of the first process, and share its cache.
     os.environ["FOURSIGHT_CACHE"] = tempfile.mkdtemp(prefix="foursight-tests-")
     os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "true"
@@ -48,6 +52,7 @@ from train.config import DataConfig, Experiment, MeshConfig, OptimizerConfig, Ru
 from train.resolve import resolve
 
 jax.config.update("jax_num_cpu_devices", 8)
+gc.set_threshold(50_000, 20, 50)  # What is traced is many small objects that stay: a tenth of the time went to looking.
 # The same examples in every run, so that a failure is there again and compiled programs are found again.
 hypothesis.settings.register_profile("tests", deadline=None, derandomize=True, database=None)
 hypothesis.settings.load_profile("tests")

@@ -14,6 +14,7 @@ import optax
 import pytest
 
 from model.config import ModelConfig
+from tests.runs import random_state
 from tpu.errors import UserError
 from tpu.mesh import make_mesh
 from train.config import DataConfig, Experiment, MeshConfig, ObjectiveConfig, OptimizerConfig
@@ -87,7 +88,7 @@ def one_step(experiment: Experiment, mesh: jax.sharding.Mesh) -> tuple[Any, dict
     batch = batch_of(experiment)
     with jax.set_mesh(mesh):
         program = make_program(experiment, mesh)
-        state, metrics = program.step(program.init(jax.random.key(0), {}), batch, {})
+        state, metrics = program.step(random_state(program), batch, {})
         gradient = jax.tree.map(np.asarray, optax.tree.get(state.optimizer_state, "trace"))
         figures = {f"held-out {name}": value for name, value in program.evaluate(state.weights, batch, {}).sums.items()}
     return gradient, {name: float(value) for name, value in (metrics | figures).items()}
@@ -102,7 +103,7 @@ def test_eight_devices_give_the_loss_and_the_gradient_of_one(case, one_device):
     for (path, x), y in zip(jax.tree_util.tree_leaves_with_path(found), jax.tree.leaves(wanted), strict=True):
         norm = np.linalg.norm(y.astype(np.float64))
         # A key's bias has no gradient but for rounding.
-        assert np.linalg.norm(x.astype(np.float64) - y) <= 1e-5 * norm + 1e-7, jax.tree_util.keystr(path)
+        assert np.linalg.norm(x.astype(np.float64) - y) <= 1e-5 * norm + 3e-7, jax.tree_util.keystr(path)
     assert metrics == pytest.approx(wanted_metrics, rel=1e-5)
     assert metrics["grad_norm"] > 0.01
 

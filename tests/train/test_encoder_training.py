@@ -13,6 +13,7 @@ import jax
 import numpy as np
 import pytest
 
+from tests.runs import terminated_at
 from tpu import host
 from train.config import Experiment
 from train.restore import open_checkpoint
@@ -63,23 +64,37 @@ def run(monkeypatch) -> Callable[[Experiment, Path], list[dict[str, Any]]]:
     return trained
 
 
-@pytest.mark.parametrize("objective", HEADS)
-def test_every_objective_trains_evaluates_and_resumes_bitwise(objective, micro, run, tmp_path):
+def experiment_of(objective: str, micro: Callable[..., Experiment], folder: Path) -> Experiment:
     model, head = HEADS[objective]
-    labels = {"regression": 1, "token_classification": 2}.get(objective, 2) if head != "language" else 0
     data: dict[str, Any] = {"bpe_vocab_size": 257}
     if objective in RECORDS:
         lines = [{"text": f"number {i} of many", "label": RECORDS[objective](i)} for i in range(40)]
-        (tmp_path / "records.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-        data |= {"sources": (str(tmp_path / "records.jsonl"),)}
-    shape = {"attention_bias": True, "mlp_bias": True, "vocab_size": 280, "head": head, "labels": labels}
-    changed = {"model": model | shape, "data": data, "objective": {"name": objective}}
-    whole = run(micro(**changed, run={"steps": 6}), tmp_path / "whole")
-    run(micro(**changed, run={"steps": 3}), tmp_path / "parts")
-    run(micro(**changed, run={"steps": 6}), tmp_path / "parts")
-    assert "eval" in whole[-1]
-    assert ("accuracy" in whole[-1]["eval"]) == (head != "language" and objective != "regression")
-    states = [open_checkpoint(tmp_path / name / "checkpoints" / "6").weights for name in ("whole", "parts")]
+        (folder / "records.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+        data |= {"sources": (str(folder / "records.jsonl"),)}
+    labels = 0 if head == "language" else 1 if objective == "regression" else 2
+    shape = {"attention_bias": True, "mlp_bias": True, "vocab_size": 280, "head": head, "labels": labels, "layers": 1}
+    return micro(model=model | shape, data=data, objective={"name": objective}, run={"steps": 4})
+
+
+@pytest.mark.parametrize("objective", HEADS)
+def test_every_objective_trains_and_is_evaluated(objective, micro, run, tmp_path):
+    lines = run(experiment_of(objective, micro, tmp_path), tmp_path / "run")
+    assert [line["step"] for line in lines[:-1]] == [1, 2, 3, 4]
+    assert all(np.isfinite(line["loss"]) for line in lines[:-1])
+    told = lines[-1]["eval"]
+    assert ("accuracy" in told) == (HEADS[objective][1] != "language" and objective != "regression")
+
+
+@pytest.mark.parametrize("objective", ["masked", "span_corruption"])
+def test_a_run_resumes_bitwise(objective, micro, run, tmp_path):
+    """What is hidden, and the order of the data, depend on seed and step alone."""
+    experiment = experiment_of(objective, micro, tmp_path)
+    run(experiment, tmp_path / "whole")
+    with terminated_at(2):
+        run(experiment, tmp_path / "parts")
+    run(experiment, tmp_path / "parts")
+    assert {p.name for p in (tmp_path / "parts" / "checkpoints").iterdir()} >= {"2", "4"}
+    states = [open_checkpoint(tmp_path / name / "checkpoints" / "4").weights for name in ("whole", "parts")]
     for (path, x), y in zip(jax.tree_util.tree_leaves_with_path(states[0]), jax.tree.leaves(states[1]), strict=True):
         np.testing.assert_array_equal(x, y, err_msg=jax.tree_util.keystr(path))
 

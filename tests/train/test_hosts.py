@@ -163,33 +163,30 @@ def alone(experiment, tmp_path_factory) -> Path:
     return workdir
 
 
-@pytest.fixture(scope="module")
-def pair(experiment, tmp_path_factory) -> Path:
-    """The workdir of two processes with half of the weights and of the batch each."""
-    workdir = tmp_path_factory.mktemp("pair") / "run"
-    out = train(workdir, experiment, processes=2, fsdp=2)
-    assert out.count("held out: ") == 2
-    assert out.count("finished after") == 1
-    return workdir
-
-
-def test_two_hosts_learn_what_one_does(alone, pair):
-    assert_same_curve(pair, alone)
-    assert steps_of(pair) == steps_of(alone) == [8, 16, 24]
-    assert json.loads((pair / "experiment.json").read_text())["experiment"]["mesh"]["fsdp"] == 2
-
-
-def test_a_killed_host_costs_its_steps_and_no_bit(tmp_path, experiment, pair, one_device):
+def test_two_hosts_learn_what_one_does_though_one_of_them_is_killed(tmp_path, experiment, alone):
     """Killed in step 13: the supervisor ends the other and starts both again, from step 8."""
     workdir = tmp_path / "run"
     out = train(workdir, experiment, processes=2, restarts=1, accident="SIGKILL 1 13", fsdp=2)
     assert "gang: process 1 ended with SIGKILL; ending the others\n" in out
     assert "gang: starting again (1 of 1 times)\n" in out
     assert re.search(r"resuming from step 8 in", out)
-    assert weights(workdir, experiment, one_device) == weights(pair, experiment, one_device)
-    assert losses(workdir) == losses(pair)
+    assert out.count("held out: ") == 2
+    assert out.count("finished after") == 1
+    assert_same_curve(workdir, alone)
+    assert steps_of(workdir) == steps_of(alone) == [8, 16, 24]
+    assert json.loads((workdir / "experiment.json").read_text())["experiment"]["mesh"]["fsdp"] == 2
 
 
+@pytest.mark.slow
+def test_a_killed_host_costs_its_steps_and_no_bit(tmp_path, experiment, one_device):
+    train(tmp_path / "whole" / "run", experiment, processes=2, fsdp=2)
+    train(tmp_path / "killed" / "run", experiment, processes=2, restarts=1, accident="SIGKILL 1 13", fsdp=2)
+    found, wanted = (tmp_path / name / "run" for name in ("killed", "whole"))
+    assert weights(found, experiment, one_device) == weights(wanted, experiment, one_device)
+    assert losses(found) == losses(wanted)
+
+
+@pytest.mark.slow
 def test_sigterm_to_one_host_saves_everywhere_and_another_mesh_goes_on(tmp_path, experiment, alone):
     workdir = tmp_path / "run"
     out = train(workdir, experiment, processes=2, accident="SIGTERM 1 3", fsdp=2)

@@ -17,6 +17,7 @@ import pytest
 from model.config import ModelConfig
 from model.place import Place
 from model.weights import bind
+from tests.runs import random_state
 from tpu.errors import UserError
 from tpu.mesh import make_mesh
 from train.config import DataConfig, Experiment, MeshConfig, OptimizerConfig
@@ -131,7 +132,7 @@ def steps(found: Experiment, mesh: jax.sharding.Mesh, count: int = 4) -> tuple[l
     """Losses of some steps from one set of weights, and the memory after them."""
     with jax.set_mesh(mesh):
         program = make_program(found, mesh)
-        state, losses, rng = program.init(jax.random.key(0), {}), [], np.random.default_rng(5)
+        state, losses, rng = random_state(program), [], np.random.default_rng(5)
         for batch in (document(rng) + document(rng))[:count]:
             batch = batch | {"loss_weights": np.ones_like(batch["loss_weights"])}
             state, metrics = program.step(state, batch, {})
@@ -156,7 +157,7 @@ def test_neither_micro_batches_nor_the_mesh_change_what_is_remembered(other, one
 def test_a_step_that_is_left_out_leaves_the_memory(one_device):
     with jax.set_mesh(one_device):
         program = make_program(experiment(memory=8), one_device)
-        state, rng = program.init(jax.random.key(0), {}), np.random.default_rng(0)
+        state, rng = random_state(program), np.random.default_rng(0)
         first, second, _ = document(rng)
         state, _ = program.step(state, first, {})
         before = jax.tree.map(np.asarray, state.carried)

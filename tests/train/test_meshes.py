@@ -12,21 +12,20 @@ from collections.abc import Iterable
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
 
 from model.config import ModelConfig
+from tests.runs import random_state
 from tpu.compile import hlo
 from tpu.compile.hlo_counts import Counts, count
 from tpu.mesh import make_mesh
 from tpu.pipeline import bubble_fraction
 from train.config import DataConfig, Experiment, MeshConfig, OptimizerConfig
 from train.data.batch import Batch
-from train.program import Program, make_program
+from train.program import make_program
 from train.resolve import resolve
-from train.state import TrainState
 
 ROWS, TOKENS, VOCAB = 16, 32, 20
 
@@ -148,22 +147,6 @@ def changed(branches: dict[str, dict[str, Any]]) -> Experiment:
     return experiment
 
 
-def start(program: Program, seed: int = 0) -> TrainState:
-    """A state with random weights, laid out as the program wants it."""
-    rng = np.random.default_rng(seed)
-
-    def draw(leaf: jax.ShapeDtypeStruct) -> jax.Array:
-        return jax.device_put(jnp.asarray(0.4 * rng.normal(size=leaf.shape), leaf.dtype), leaf.sharding)
-
-    def zero(leaf: jax.ShapeDtypeStruct) -> jax.Array:
-        if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
-            return jax.device_put(jax.random.key(7), leaf.sharding)
-        return jax.device_put(jnp.zeros(leaf.shape, leaf.dtype), leaf.sharding)
-
-    state = jax.tree.map(zero, program.abstract_state)
-    return state._replace(weights=jax.tree.map(draw, program.abstract_state.weights))
-
-
 def packed_batch(vocab_size: int = VOCAB) -> Batch:
     """Up to four segments per row, loss weights between 0 and 3 that differ much from row to row."""
     rng = np.random.default_rng(0)
@@ -185,7 +168,7 @@ def one_step(experiment: Experiment, mesh: jax.sharding.Mesh) -> tuple[Any, dict
     """Gradient and metrics of a step from the start, on the host."""
     with jax.set_mesh(mesh):
         program = make_program(experiment, mesh)
-        state, metrics = program.step(start(program), packed_batch(experiment.model.vocab_size), {})
+        state, metrics = program.step(random_state(program), packed_batch(experiment.model.vocab_size), {})
         gradient = jax.tree.map(np.asarray, optax.tree.get(state.optimizer_state, "trace"))
         metrics["evaluated"] = program.evaluate(state.weights, packed_batch(experiment.model.vocab_size), {}).sums[
             "nll"

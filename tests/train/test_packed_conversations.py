@@ -18,6 +18,7 @@ from model.config import ModelConfig, VisionConfig
 from model.place import Place
 from model.vision.images import Images
 from model.weights import bind
+from tests.runs import random_state
 from train.config import DataConfig, Experiment, ObjectiveConfig, OptimizerConfig
 from train.data.batch import Batch
 from train.data.chat import packing
@@ -97,14 +98,6 @@ ALONE = [[0], [1], [2], [3], [4], [6], [5], [7]]
 SHARED = [[0, 1, 2], [3, 4], [6, 5], [7]]
 
 
-def drawn(program: Any) -> Any:
-    """A first state with weights far from where they begin: gates start closed."""
-    state, rng = program.init(jax.random.key(0), {}), np.random.default_rng(0)
-    return state._replace(
-        weights=jax.tree.map(lambda w: w + 0.2 * rng.normal(size=w.shape).astype(w.dtype), state.weights)
-    )
-
-
 @pytest.mark.parametrize(
     "case", [pytest.param(case, marks=[] if case in EVERY_TIME else [pytest.mark.slow]) for case in CASES]
 )
@@ -115,7 +108,7 @@ def test_a_conversation_in_company_is_computed_as_alone(case, one_device):
         logits_of = jax.jit(lambda weights, batch: logits(program.graphdef, weights, batch))
 
         def computed(batch: Batch) -> tuple[np.ndarray, float, Any]:
-            state = drawn(program)
+            state = random_state(program)
             found = np.asarray(logits_of(state.weights, batch))
             after, metrics = program.step(state, batch, {})
             gradient = jax.tree.map(np.asarray, optax.tree.get(after.optimizer_state, "trace"))
@@ -150,7 +143,7 @@ def test_the_comparison_notices_a_segment_that_is_lost(one_device):
     batch, experiment = rows_of("merge", SHARED), experiment_of("merge")
     with jax.set_mesh(one_device):
         program = make_program(experiment, one_device)
-        weights = drawn(program).weights
+        weights = random_state(program).weights
         lost = batch | {"segments": np.minimum(batch["segments"], 1)}
         right, wrong = (np.asarray(logits(program.graphdef, weights, b)) for b in (batch, lost))
     there = batch["segments"] > 1

@@ -15,6 +15,7 @@ import optax
 import pytest
 
 from model.config import ModelConfig, VisionConfig
+from tests.runs import random_state
 from tpu.errors import UserError
 from tpu.mesh import make_mesh
 from train.config import DataConfig, Experiment, MeshConfig, ObjectiveConfig, OptimizerConfig
@@ -117,16 +118,12 @@ def rows(experiment: Experiment) -> Batch:
 
 def one_step(experiment: Experiment, mesh: jax.sharding.Mesh) -> tuple[Any, dict[str, float]]:
     """Gradient and metrics of a step from drawn weights, on the host."""
-    rng, batch = np.random.default_rng(0), rows(experiment)
+    batch = rows(experiment)
     with jax.set_mesh(mesh):
         program = make_program(experiment, mesh)
-        state = program.init(jax.random.key(0), {})
-        # Gates start closed; drawn weights open them.
-        drawn = jax.tree.map(
-            lambda w: jax.device_put(w + 0.2 * rng.normal(size=w.shape).astype(w.dtype), w.sharding), state.weights
-        )
-        evaluated = {name: float(value) for name, value in program.evaluate(drawn, batch, {}).sums.items()}
-        state, metrics = program.step(state._replace(weights=drawn), batch, {})
+        state = random_state(program, scale=0.2)
+        evaluated = {name: float(value) for name, value in program.evaluate(state.weights, batch, {}).sums.items()}
+        state, metrics = program.step(state, batch, {})
         gradient = jax.tree.map(np.asarray, optax.tree.get(state.optimizer_state, "trace"))
     return gradient, {name: value.item() for name, value in metrics.items()} | evaluated
 

@@ -26,6 +26,7 @@ from model.generate.decode import decoding_weights
 from model.generate.prefill import advance, prefill
 from model.place import Place
 from model.weights import bind
+from tests.runs import drawn, random_state
 from tpu.compile import hlo
 from tpu.compile.hlo_counts import count
 from tpu.errors import UserError
@@ -83,7 +84,7 @@ def noise(tree: Any, seed: int = 0, scale: float = 0.3) -> Any:
 
 
 @functools.cache
-def drawn(kind: str, **model: Any) -> tuple[ModelConfig, Any, Any]:
+def first(kind: str, **model: Any) -> tuple[ModelConfig, Any, Any]:
     """A model's config, random base weights and the adapter's first ones."""
     adapter, config = KINDS[kind], experiment(KINDS[kind], **model).model
     base = noise(kinds.init(adapter_weights.base_model(adapter, config), jax.random.key(0)))
@@ -122,7 +123,7 @@ def close(found: Any, wanted: Any) -> None:
 @pytest.mark.parametrize("kind", KINDS)
 def test_at_the_start_it_is_the_base(kind):
     """To the rounding of two programs whose operations the compiler joins otherwise."""
-    config, base, trained = drawn(kind)
+    config, base, trained = first(kind)
     alone = jax.jit(lambda base: logits(adapter_weights.base_model(KINDS[kind], config), base))(base)
     np.testing.assert_allclose(combined_logits(kind, config)(base, trained), alone, rtol=0, atol=1e-5)
     moved = np.abs(combined_logits(kind, config)(base, noise(trained)) - alone).max()
@@ -135,7 +136,7 @@ def test_at_the_start_it_is_the_base(kind):
     + [pytest.param(kind, "bfloat16", marks=pytest.mark.slow) for kind in KINDS if kind != "dora"],
 )
 def test_merged_equals_unmerged(kind, weight_dtype):
-    config, base, trained = drawn(kind, weight_dtype=weight_dtype)
+    config, base, trained = first(kind, weight_dtype=weight_dtype)
     trained = noise(trained, scale=0.1)
     merged = adapter_weights.merged(KINDS[kind], base, trained)
     assert {type(leaf) for leaf in jax.tree.leaves(merged)} <= {jax.Array, type(jnp.zeros(1)), np.ndarray}
@@ -146,7 +147,7 @@ def test_merged_equals_unmerged(kind, weight_dtype):
 def test_dora_is_its_formula():
     """m V / |V|, V = W + s A B, for a matrix of every shape; the gradient takes |V| for a constant."""
     adapter = dataclasses.replace(KINDS["dora"], alpha=6.0)
-    _, base, trained = drawn("dora")
+    _, base, trained = first("dora")
     trained = noise(trained)
     block = base["stack"]["groups"]["layer_0"]["attention"]
     change = trained["stack"]["groups"]["layer_0"]["attention"]
@@ -217,7 +218,7 @@ def nnx_rngs() -> Any:
 @pytest.mark.parametrize("kind", ["lora", "dora", "bottleneck", "prefix"])
 def test_decoding_equals_the_full_forward(kind):
     """Unmerged, through the cache, token by token."""
-    config, base, trained = drawn(kind, layer_loop="unroll")
+    config, base, trained = first(kind, layer_loop="unroll")
     weights = adapter_weights.combined(KINDS[kind], base, noise(trained))
     tokens = jnp.asarray(np.random.default_rng(0).integers(0, VOCAB, (2, 8)))
     graphdef = kinds.build(config)[0]
@@ -237,7 +238,7 @@ def test_adapters_and_shared_layers():
     model = {"layers": 4, "share_layers": "alternate", "share_size": 2, "share_rank": 2}
     wanted = None
     for loop in ("scan", "unroll"):
-        config, base, trained = drawn("lora", layer_loop=loop, **model)
+        config, base, trained = first("lora", layer_loop=loop, **model)
         found = combined_logits("lora", config)(base, noise(trained))
         assert {len(leaf) for leaf in jax.tree.leaves(trained)} == {2}
         merged = jax.jit(lambda w, c=config: logits(c, w))(adapter_weights.merged(KINDS["lora"], base, noise(trained)))
@@ -252,19 +253,9 @@ def test_adapters_and_shared_layers():
 def one_step(given: Experiment, seed: int = 0) -> tuple[Any, dict[str, float], Any]:
     """Gradient and metrics of a step over random weights, and the base after it."""
     mesh = make_mesh(given.mesh, jax.devices()[: math.prod(given.mesh.filled(8).__dict__[a] for a in AXES)])
-
-    def draw(leaf: jax.ShapeDtypeStruct) -> jax.Array:
-        return jax.device_put((0.3 * rng.normal(size=leaf.shape)).astype(leaf.dtype), leaf.sharding)
-
     with jax.set_mesh(mesh):
         program = make_program(given, mesh)
-        rng = np.random.default_rng(seed)
-        frozen = jax.tree.map(draw, program.abstract_frozen)
-        state = program.init(jax.random.key(3), frozen)
-        state = state._replace(
-            weights=jax.tree.map(lambda w, s: w + draw(s), state.weights, program.abstract_state.weights)
-        )
-        state = jax.device_put(state, jax.tree.map(lambda leaf: leaf.sharding, program.abstract_state))
+        frozen, state = drawn(program.abstract_frozen, seed), random_state(program, seed + 1)
         state, metrics = program.step(state, batch(), frozen)
         metrics["evaluated"] = program.evaluate(state.weights, batch(), frozen).sums["nll"]
         gradient = jax.tree.map(np.asarray, optax.tree.get(state.optimizer_state, "trace"))
