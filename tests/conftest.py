@@ -80,6 +80,8 @@ def _memory_returned(request: pytest.FixtureRequest) -> Iterator[None]:
     for value in vars(request.module).values():
         if isinstance(value, functools._lru_cache_wrapper) and value.__module__ == request.module.__name__:
             value.cache_clear()
+    if runs := sys.modules.get("tests.runs"):
+        runs.PROGRAMS.clear()
     jax.clear_caches()
     gc.collect()
     if sys.platform == "linux":

@@ -125,13 +125,13 @@ def agrees(case: tuple[ModelConfig, int, int, int, float]) -> Routing:
     return routing
 
 
-@settings(max_examples=10)
+@settings(max_examples=5)
 @given(case=cases(capacity=False))
 def test_dropless_equals_a_loop_over_experts(case):
     assert agrees(case).dropped == 0
 
 
-@settings(max_examples=8)
+@settings(max_examples=4)
 @given(case=cases(capacity=True))
 def test_with_a_capacity_it_equals_the_loop_with_the_same_drops(case):
     agrees(case)

@@ -13,13 +13,9 @@ import jax
 import numpy as np
 import pytest
 
-from tests.runs import terminated_at
-from tpu import host
+from tests.runs import terminated_at, train_here
 from train.config import Experiment
 from train.restore import open_checkpoint
-from train.run import pretrain
-from train.signals import Stop
-from train.workdir import Workdir
 
 ROOT = Path(__file__).resolve().parents[2]
 RECORDS = {
@@ -45,23 +41,10 @@ HEADS = {
 }
 
 
-@pytest.fixture
-def run(monkeypatch) -> Callable[[Experiment, Path], list[dict[str, Any]]]:
-    """A function that trains in this process, on one device, and gives the lines of metrics.jsonl."""
-    device = jax.devices()[:1]
-    monkeypatch.setattr(jax, "devices", lambda: device)
-    monkeypatch.setattr(host, "measured_matmul_rate", lambda dtype: 1e9)
-
-    def trained(experiment: Experiment, path: Path) -> list[dict[str, Any]]:
-        with Stop() as stop:
-            workdir = Workdir(path)
-            try:
-                assert pretrain(experiment, workdir, stop) == 0
-            finally:
-                workdir.close()
-        return [json.loads(line) for line in (path / "metrics.jsonl").read_text().splitlines()]
-
-    return trained
+def run(experiment: Experiment, path: Path) -> list[dict[str, Any]]:
+    """Trains, and gives the lines of metrics.jsonl."""
+    assert train_here(experiment, path) == 0
+    return [json.loads(line) for line in (path / "metrics.jsonl").read_text().splitlines()]
 
 
 def experiment_of(objective: str, micro: Callable[..., Experiment], folder: Path) -> Experiment:
@@ -77,7 +60,7 @@ def experiment_of(objective: str, micro: Callable[..., Experiment], folder: Path
 
 
 @pytest.mark.parametrize("objective", HEADS)
-def test_every_objective_trains_and_is_evaluated(objective, micro, run, tmp_path):
+def test_every_objective_trains_and_is_evaluated(objective, micro, tmp_path):
     lines = run(experiment_of(objective, micro, tmp_path), tmp_path / "run")
     assert [line["step"] for line in lines[:-1]] == [1, 2, 3, 4]
     assert all(np.isfinite(line["loss"]) for line in lines[:-1])
@@ -86,7 +69,7 @@ def test_every_objective_trains_and_is_evaluated(objective, micro, run, tmp_path
 
 
 @pytest.mark.parametrize("objective", ["masked", "span_corruption"])
-def test_a_run_resumes_bitwise(objective, micro, run, tmp_path):
+def test_a_run_resumes_bitwise(objective, micro, tmp_path):
     """What is hidden, and the order of the data, depend on seed and step alone."""
     experiment = experiment_of(objective, micro, tmp_path)
     run(experiment, tmp_path / "whole")

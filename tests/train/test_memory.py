@@ -17,7 +17,7 @@ import pytest
 from model.config import ModelConfig
 from model.place import Place
 from model.weights import bind
-from tests.runs import random_state
+from tests.runs import random_state, train_here
 from tpu.errors import UserError
 from tpu.mesh import make_mesh
 from train.config import DataConfig, Experiment, MeshConfig, OptimizerConfig
@@ -210,16 +210,8 @@ def test_held_out_rows_go_on_and_are_all_there(corpus_file):
         np.testing.assert_array_equal(batch["targets"][real, -1], after["tokens"][real, 0])
 
 
-def test_pretraining_with_a_memory_resumes_bitwise(micro, tmp_path, monkeypatch, capsys):
+def test_pretraining_with_a_memory_resumes_bitwise(micro, tmp_path, capsys):
     """Eight steps at once, and four and four: the same loss, held-out loss and memory."""
-    from tpu import host
-    from train.run import pretrain
-    from train.signals import Stop
-    from train.workdir import Workdir
-
-    device = jax.devices()[:1]
-    monkeypatch.setattr(jax, "devices", lambda: device)
-    monkeypatch.setattr(host, "measured_matmul_rate", lambda dtype: 1e9)
 
     def run(name: str, count: int) -> list[dict[str, Any]]:
         found = micro(
@@ -227,12 +219,7 @@ def test_pretraining_with_a_memory_resumes_bitwise(micro, tmp_path, monkeypatch,
             data={"contiguous": True},
             run={"steps": count, "save_every": 4},
         )
-        with Stop() as stop:
-            workdir = Workdir(tmp_path / name)
-            try:
-                assert pretrain(found, workdir, stop) == 0
-            finally:
-                workdir.close()
+        assert train_here(found, tmp_path / name) == 0
         return [json.loads(line) for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]
 
     whole = run("whole", 8)

@@ -15,7 +15,6 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +22,7 @@ import jax
 import numpy as np
 import pytest
 
-from tests.runs import terminated_at
+from tests.runs import PROGRAMS, terminated_at, train_here
 from tpu import host
 from tpu.errors import UserError
 from train.checkpoint import checkpoint
@@ -32,30 +31,10 @@ from train.config import Experiment
 from train.objectives import next_token
 from train.objectives.table import OBJECTIVES
 from train.program import make_program
-from train.run import pretrain
-from train.signals import Stop
 from train.tree import to_dict
 from train.workdir import Workdir, read_experiment
 
 ROOT = Path(__file__).resolve().parents[2]
-
-
-@pytest.fixture
-def here(monkeypatch) -> Callable[[Experiment, Path], int]:
-    """A function that trains in this process, on one device, without measuring the processor."""
-    device = jax.devices()[:1]
-    monkeypatch.setattr(jax, "devices", lambda: device)
-    monkeypatch.setattr(host, "measured_matmul_rate", lambda dtype: 1e9)
-
-    def run(experiment: Experiment, path: Path) -> int:
-        with Stop() as stop:
-            workdir = Workdir(path)
-            try:
-                return pretrain(experiment, workdir, stop)
-            finally:
-                workdir.close()
-
-    return run
 
 
 def leaves(path: Path, step: int, mesh: jax.sharding.Mesh) -> dict[str, np.ndarray]:
@@ -96,39 +75,41 @@ OPTIMIZERS = [{"name": "adamw", "ema_decay": 0.9, "schedule": "cosine"}, {"name"
 
 
 @pytest.mark.parametrize("optimizer", OPTIMIZERS, ids=lambda optimizer: optimizer["name"])
-def test_stopped_and_resumed_is_the_uninterrupted_run_to_the_bit(tmp_path, here, micro, one_device, capsys, optimizer):
+def test_stopped_and_resumed_is_the_uninterrupted_run_to_the_bit(tmp_path, micro, one_device, capsys, optimizer):
     """With dropout, accumulation, an evaluation in between, and an average of the weights where there is one."""
-    experiment = micro(optimizer=optimizer, run={"eval_every": 3})
+    experiment = micro(optimizer=optimizer, run={"eval_every": 3, "tensorboard": True})
     assert experiment.model.residual_dropout > 0
     assert experiment.optimizer.accumulation == 2
-    assert here(experiment, tmp_path / "whole") == 0
+    assert train_here(experiment, tmp_path / "whole") == 0
     with terminated_at(5):
-        assert here(experiment, tmp_path / "parts") == 0
+        assert train_here(experiment, tmp_path / "parts") == 0
     assert steps_of(tmp_path / "parts") == [5]
     out = capsys.readouterr().out
     assert f"SIGTERM: step 5 is saved in {tmp_path / 'parts' / 'checkpoints'}; the same command goes on" in out
-    assert here(experiment, tmp_path / "parts") == 0
+    assert train_here(experiment, tmp_path / "parts") == 0
     assert f"resuming from step 5 in {tmp_path / 'parts'}" in capsys.readouterr().out
     whole, parts = (leaves(tmp_path / name, 8, one_device) for name in ("whole", "parts"))
     assert_same_bits(whole, parts)
     assert whole["step"] == 8
     assert any(name.startswith("optimizer_state") and "kernel" in name for name in whole)
+    assert len(list((tmp_path / "parts" / "tensorboard").iterdir())) == 2
     assert any(name.startswith("ema") for name in whole) == ("ema_decay" in optimizer)
     assert losses(tmp_path / "whole") == losses(tmp_path / "parts")
     assert len(losses(tmp_path / "whole")) == 8
 
 
 @pytest.mark.parametrize("devices", [1, 2])
-def test_a_run_compiles_its_step_once(tmp_path, here, micro, monkeypatch, caplog, devices):
-    """On a mesh too, with evaluations between the steps; and once more when it is resumed."""
-    several = jax.local_devices()[:devices]
-    monkeypatch.setattr(jax, "devices", lambda: several)
+def test_a_run_compiles_its_step_once(tmp_path, micro, caplog, devices):
+    """On a mesh too, with evaluations between the steps; and once more when another process resumes it."""
     experiment = micro(run={"eval_every": 3}, mesh={"fsdp": devices})
+
+    PROGRAMS.clear()
 
     def compilations() -> int:
         caplog.clear()
         with caplog.at_level(logging.WARNING), jax.log_compiles():
-            assert here(experiment, tmp_path / "run") == 0
+            assert train_here(experiment, tmp_path / "run", devices=devices) == 0
+        PROGRAMS.clear()
         return sum("Compiling jit(step)" in record.getMessage() for record in caplog.records)
 
     with terminated_at(5):
@@ -137,12 +118,12 @@ def test_a_run_compiles_its_step_once(tmp_path, here, micro, monkeypatch, caplog
     assert len(losses(tmp_path / "run")) == 8
 
 
-def test_a_damaged_checkpoint_costs_its_steps_and_no_bit(tmp_path, here, micro, one_device, caplog):
+def test_a_damaged_checkpoint_costs_its_steps_and_no_bit(tmp_path, micro, one_device, caplog):
     experiment = micro(run={"save_every": 3})
-    assert here(experiment, tmp_path / "whole") == 0
+    assert train_here(experiment, tmp_path / "whole") == 0
     assert steps_of(tmp_path / "whole") == [3, 6, 8]
     with terminated_at(7):
-        assert here(experiment, tmp_path / "parts") == 0
+        assert train_here(experiment, tmp_path / "parts") == 0
     assert steps_of(tmp_path / "parts") == [3, 6, 7]
     files = [p for p in (tmp_path / "parts" / "checkpoints" / "7" / "weights").rglob("*") if p.is_file()]
     largest = max(files, key=lambda p: p.stat().st_size)
@@ -150,14 +131,14 @@ def test_a_damaged_checkpoint_costs_its_steps_and_no_bit(tmp_path, here, micro, 
     content[len(content) // 2] ^= 1
     largest.write_bytes(content)
     with caplog.at_level(logging.WARNING):
-        assert here(experiment, tmp_path / "parts") == 0
+        assert train_here(experiment, tmp_path / "parts") == 0
     assert re.search(r"checkpoints/7 is damaged: .*weights.*; trying the step before it", caplog.text)
     assert (tmp_path / "parts" / "checkpoints" / "7.damaged").is_dir()
     assert_same_bits(*(leaves(tmp_path / name, 8, one_device) for name in ("whole", "parts")))
     assert losses(tmp_path / "whole") == losses(tmp_path / "parts")
 
 
-def test_what_is_saved_while_training_goes_on_is_the_state_of_that_step(tmp_path, here, micro, one_device, monkeypatch):
+def test_what_is_saved_while_training_goes_on_is_the_state_of_that_step(tmp_path, micro, one_device, monkeypatch):
     """Steps donate their state; a save that read from it late would find the next one's numbers."""
     copies = {}
     save = Checkpointer.save
@@ -167,7 +148,7 @@ def test_what_is_saved_while_training_goes_on_is_the_state_of_that_step(tmp_path
         save(self, step, state, meta, metrics)
 
     monkeypatch.setattr(Checkpointer, "save", copying)
-    assert here(micro(run={"save_every": 1, "keep_last": 9}), tmp_path) == 0
+    assert train_here(micro(run={"save_every": 1, "keep_last": 9}), tmp_path) == 0
     assert steps_of(tmp_path) == list(copies) == list(range(1, 9))
     for step, state in copies.items():
         wanted = {
@@ -180,19 +161,19 @@ def test_what_is_saved_while_training_goes_on_is_the_state_of_that_step(tmp_path
     assert len({leaves(tmp_path, step, one_device)[kernel].tobytes() for step in (1, 4, 8)}) == 3
 
 
-def test_a_finished_run_is_left_alone_until_it_is_given_more_steps(tmp_path, here, micro, capsys):
-    assert here(micro(), tmp_path) == 0
+def test_a_finished_run_is_left_alone_until_it_is_given_more_steps(tmp_path, micro, capsys):
+    assert train_here(micro(), tmp_path) == 0
     before = (tmp_path / "metrics.jsonl").read_text()
-    assert here(micro(), tmp_path) == 0
+    assert train_here(micro(), tmp_path) == 0
     assert "already at step 8 of run.steps=8; raise --config.run.steps to go on" in capsys.readouterr().out
     assert (tmp_path / "metrics.jsonl").read_text() == before
-    assert here(micro(run={"steps": 10}), tmp_path) == 0
+    assert train_here(micro(run={"steps": 10}), tmp_path) == 0
     assert sorted(losses(tmp_path)) == list(range(1, 11))
 
 
-def test_a_checkpoint_holds_what_tools_need(tmp_path, here, micro):
+def test_a_checkpoint_holds_what_tools_need(tmp_path, micro):
     experiment = micro(run={"eval_every": 5})
-    assert here(experiment, tmp_path) == 0
+    assert train_here(experiment, tmp_path) == 0
     meta = read_meta(tmp_path / "checkpoints" / "8")
     assert meta["experiment"] == to_dict(experiment)
     assert (meta["tokenizer"], meta["data_position"]) == ({"kind": "bytes"}, 8)
@@ -210,28 +191,28 @@ def test_a_checkpoint_holds_what_tools_need(tmp_path, here, micro):
 # Mistakes and misfortunes
 
 
-def test_a_vocabulary_larger_than_the_embedding_can_be_corrected(tmp_path, here, micro):
+def test_a_vocabulary_larger_than_the_embedding_can_be_corrected(tmp_path, micro):
     """Nothing was trained, so the same workdir takes the corrected experiment."""
     with pytest.raises(UserError, match=r"model\.vocab_size=256: smaller than the 257 tokens"):
-        here(micro(model={"vocab_size": 256}, data={"bpe_vocab_size": 256}), tmp_path)
-    assert here(micro(run={"steps": 3}), tmp_path) == 0
+        train_here(micro(model={"vocab_size": 256}, data={"bpe_vocab_size": 256}), tmp_path)
+    assert train_here(micro(run={"steps": 3}), tmp_path) == 0
 
 
-def test_another_model_or_optimizer_is_refused_by_name(tmp_path, here, micro):
-    assert here(micro(run={"steps": 3}), tmp_path) == 0
+def test_another_model_or_optimizer_is_refused_by_name(tmp_path, micro):
+    assert train_here(micro(run={"steps": 3}), tmp_path) == 0
     with pytest.raises(UserError, match=r"another model \(model\.embed_dim: 32, 48; .*use another --workdir"):
-        here(micro(model={"embed_dim": 48, "mlp_dim": 128}), tmp_path)
+        train_here(micro(model={"embed_dim": 48, "mlp_dim": 128}), tmp_path)
     with pytest.raises(UserError, match=r"another model or optimizer: optimizer_state\S+ is "):
-        here(micro(optimizer={"name": "lion"}), tmp_path)
+        train_here(micro(optimizer={"name": "lion"}), tmp_path)
     (tmp_path / "experiment.json").unlink()
     with pytest.raises(
         UserError, match=r"another model or optimizer: weights\S+ is float32\[\d.*\] there, float32\[\d"
     ):
-        here(micro(model={"embed_dim": 48}), tmp_path)
-    assert here(micro(run={"steps": 4}), tmp_path) == 0
+        train_here(micro(model={"embed_dim": 48}), tmp_path)
+    assert train_here(micro(run={"steps": 4}), tmp_path) == 0
 
 
-def test_an_end_before_the_first_step_claims_no_checkpoint(tmp_path, here, micro, monkeypatch, capsys):
+def test_an_end_before_the_first_step_claims_no_checkpoint(tmp_path, micro, monkeypatch, capsys):
     load = next_token.OBJECTIVE.corpus
 
     def terminated(experiment, tokenizer):
@@ -239,14 +220,14 @@ def test_an_end_before_the_first_step_claims_no_checkpoint(tmp_path, here, micro
         return load(experiment, tokenizer)
 
     monkeypatch.setitem(OBJECTIVES, "next_token", next_token.OBJECTIVE._replace(corpus=terminated))
-    assert here(micro(), tmp_path) == 0
+    assert train_here(micro(), tmp_path) == 0
     assert ("is saved" in capsys.readouterr().out) == bool(steps_of(tmp_path))
 
 
-def test_divergence_ends_with_a_checkpoint_and_status_1(tmp_path, here, micro, one_device, capsys):
+def test_divergence_ends_with_a_checkpoint_and_status_1(tmp_path, micro, one_device, capsys):
     """A rate that overflows the weights: from then on every loss is not finite, and every update left out."""
     optimizer = {"name": "sgd", "learning_rate": 1e30, "schedule": "constant", "warmup_steps": 0, "clip_norm": 0.0}
-    assert here(micro(optimizer=optimizer, run={"steps": 30, "max_bad_steps": 4}), tmp_path) == 1
+    assert train_here(micro(optimizer=optimizer, run={"steps": 30, "max_bad_steps": 4}), tmp_path) == 1
     captured = capsys.readouterr()
     assert captured.out.count("not finite, update skipped") >= 4
     assert "error: 4 updates in a row had a loss or gradient that is not finite; stopped. step" in captured.err
@@ -298,7 +279,7 @@ def end(process: subprocess.Popen, status: int = 0) -> str:
 
 @pytest.fixture(scope="module")
 def drilled(micro) -> Experiment:
-    return micro(run={"steps": 40, "save_every": 5, "eval_every": 20, "tensorboard": True})
+    return micro(run={"steps": 40, "save_every": 5, "eval_every": 20})
 
 
 @pytest.fixture(scope="module")
@@ -354,7 +335,6 @@ def drill(folder: Path, experiment: Experiment, kills: list[tuple[int, float]]) 
 def test_killed_and_resumed_ends_like_the_undisturbed_run(tmp_path, drilled, undisturbed, one_device):
     (path,) = drill(tmp_path, drilled, [(13, 0.02)])
     assert_ends_like(path, undisturbed, one_device)
-    assert len(list((path / "tensorboard").iterdir())) == 2
 
 
 @pytest.mark.slow

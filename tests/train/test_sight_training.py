@@ -23,6 +23,7 @@ from PIL import Image
 from model.config import ModelConfig, VisionConfig
 from model.vision.vit import resampled
 from serve.classify import probabilities
+from tests.runs import train_here
 from tpu.errors import UserError
 from train.adapter.frozen import Frozen, open_frozen
 from train.config import AdapterConfig, DataConfig, Experiment, ObjectiveConfig, OptimizerConfig, RunConfig
@@ -37,11 +38,8 @@ from train.finetune import on_base
 from train.objectives.table import OBJECTIVES
 from train.resolve import resolve
 from train.restore import Trained, open_checkpoint
-from train.run import pretrain
-from train.signals import Stop
 from train.starting_weights import positions_on_grid
 from train.step import frozen_mask
-from train.workdir import Workdir
 
 pytestmark = pytest.mark.usefixtures("one_processor")
 ROOT = Path(__file__).parents[2]
@@ -64,8 +62,7 @@ def experiment(fusion: str = "merge", **branches: dict[str, Any]) -> Experiment:
 
 
 def trained(given: Experiment, workdir: Path) -> Path:
-    with Stop() as stop:
-        assert pretrain(resolve(given), Workdir(workdir), stop) == 0
+    assert train_here(resolve(given), workdir) == 0
     return workdir
 
 
@@ -165,7 +162,11 @@ def test_what_freezes_nothing_or_all_is_refused(one_device):
 
 
 @pytest.mark.parametrize(
-    ("fusion", "kind"), [("merge", "prefix"), ("cross", "lora"), pytest.param("merge", "lora", marks=pytest.mark.slow)]
+    ("fusion", "kind"),
+    [
+        ("merge", "lora"),
+        *(pytest.param(*case, marks=pytest.mark.slow) for case in (("merge", "prefix"), ("cross", "lora"))),
+    ],
 )
 def test_adapters_train_on_what_sees(fusion, kind, of_fusion, tmp_path):
     base = of_fusion(fusion)
@@ -173,8 +174,7 @@ def test_adapters_train_on_what_sees(fusion, kind, of_fusion, tmp_path):
     adapter = AdapterConfig(kind, ("attention|mlp",), **size)
     given = dataclasses.replace(experiment(fusion), model=ModelConfig(), adapter=adapter)
     before, opened = leaves(base), open_frozen(str(base))
-    with Stop() as stop:
-        assert pretrain(on_base(given, opened), Workdir(tmp_path / "run"), stop, opened) == 0
+    assert train_here(on_base(given, opened), tmp_path / "run", opened) == 0
     assert all(np.array_equal(weight, before[path]) for path, weight in leaves(base).items())
     after = leaves(tmp_path / "run")  # an adapter and its base, merged
     moved = {path for path, weight in after.items() if not np.array_equal(weight, before.get(path))}
@@ -311,7 +311,7 @@ def test_one_bad_record_stops_neither_tokenizer_nor_training_nor_evaluation(tmp_
 
 
 @pytest.mark.parametrize(
-    "fusion", ["merge", "cross", *(pytest.param(name, marks=pytest.mark.slow) for name in ("co", "tangled"))]
+    "fusion", ["merge", *(pytest.param(name, marks=pytest.mark.slow) for name in ("cross", "co", "tangled"))]
 )
 def test_answers_are_those_of_the_uncached_model(fusion, of_fusion):
     """What `replier` says, greedily through the cache, is the argmax of the plain forward pass, row by row."""

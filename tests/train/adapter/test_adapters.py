@@ -26,7 +26,7 @@ from model.generate.decode import decoding_weights
 from model.generate.prefill import advance, prefill
 from model.place import Place
 from model.weights import bind
-from tests.runs import drawn, random_state
+from tests.runs import drawn, random_state, train_here
 from tpu.compile import hlo
 from tpu.compile.hlo_counts import count
 from tpu.errors import UserError
@@ -42,9 +42,6 @@ from train.finetune import on_base
 from train.program import make_program
 from train.resolve import resolve
 from train.restore import open_checkpoint
-from train.run import pretrain
-from train.signals import Stop
-from train.workdir import Workdir
 
 ROOT = Path(__file__).resolve().parents[3]
 ROWS, TOKENS, VOCAB = 8, 16, 20
@@ -386,12 +383,7 @@ def test_biases_where_there_are_none():
 
 
 def run(given: Experiment, path: Path, base: Any = None) -> None:
-    with Stop() as stop:
-        workdir = Workdir(path)
-        try:
-            assert pretrain(given, workdir, stop, base) == 0
-        finally:
-            workdir.close()
+    assert train_here(given, path, base) == 0
 
 
 @pytest.fixture(scope="module")

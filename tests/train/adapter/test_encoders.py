@@ -21,7 +21,7 @@ from model.place import Place, visible
 from model.positions import alibi
 from serve.completion import Request
 from serve.engine import complete
-from tpu import host
+from tests.runs import train_here
 from tpu.errors import UserError
 from train.adapter import peft
 from train.adapter import weights as adapter_weights
@@ -33,9 +33,6 @@ from train.finetune import on_base
 from train.program import make_program
 from train.resolve import resolve
 from train.restore import open_checkpoint
-from train.run import pretrain
-from train.signals import Stop
-from train.workdir import Workdir
 
 EVERY = (r"attention|mlp|cross",)
 ADAPTERS = {
@@ -165,11 +162,8 @@ def test_what_has_no_form_elsewhere_is_refused(tmp_path):
 
 
 @pytest.mark.parametrize("model", MODELS)
-def test_commands_take_it(model, micro, tmp_path, monkeypatch):
+def test_commands_take_it(model, micro, tmp_path, one_processor):
     """A base is trained and adapted by the one command; opened, it is merged into it, and generates where it can."""
-    device = jax.devices()[:1]
-    monkeypatch.setattr(jax, "devices", lambda: device)
-    monkeypatch.setattr(host, "measured_matmul_rate", lambda dtype: 1e9)
     objective, fields = MODELS[model]
     objective = "span_corruption" if model == "t5" else objective
     shape = fields | {"vocab_size": 280, "max_positions": 64, "layers": 1}
@@ -178,12 +172,7 @@ def test_commands_take_it(model, micro, tmp_path, monkeypatch):
     given = micro(model=shape, **branches, **plain)
 
     def run(given: Experiment, name: str, base: Any = None) -> None:
-        with Stop() as stop:
-            workdir = Workdir(tmp_path / name)
-            try:
-                assert pretrain(given, workdir, stop, base) == 0
-            finally:
-                workdir.close()
+        assert train_here(given, tmp_path / name, base) == 0
         assert "eval" in (tmp_path / name / "metrics.jsonl").read_text()
 
     run(given, "base")

@@ -20,8 +20,7 @@ import pytest
 
 from model.config import ModelConfig
 from model.place import Place
-from tests.runs import drawn, random_state
-from tpu import host
+from tests.runs import drawn, random_state, train_here
 from tpu.errors import UserError
 from tpu.mesh import make_mesh
 from train.adapter.frozen import load_frozen, open_frozen
@@ -38,10 +37,7 @@ from train.objectives.table import OBJECTIVES
 from train.program import Program, make_program
 from train.resolve import resolve
 from train.restore import open_checkpoint
-from train.run import pretrain
-from train.signals import Stop
 from train.state import Plan, Told
-from train.workdir import Workdir
 
 ROWS, TOKENS, VOCAB, BETA = 8, 8, 20, 0.5
 TEACHER = ModelConfig(vocab_size=VOCAB, layers=1, embed_dim=24, heads=2, mlp_dim=20).resolved()
@@ -285,18 +281,9 @@ def test_rows_of_a_rollout_are_handed_on_as_they_are(one_device, monkeypatch):
     np.testing.assert_array_equal(state.carried["tokens"], rows["tokens"])
 
 
-def test_a_run_finds_its_reference_recognises_it_and_never_saves_it(micro, tmp_path, monkeypatch):
-    device = jax.devices()[:1]
-    monkeypatch.setattr(jax, "devices", lambda: device)
-    monkeypatch.setattr(host, "measured_matmul_rate", lambda dtype: 1e9)
-
+def test_a_run_finds_its_reference_recognises_it_and_never_saves_it(micro, tmp_path):
     def run(path: Path, **changed: Any) -> None:
-        with Stop() as stop:
-            workdir = Workdir(path)
-            try:
-                assert pretrain(micro(**changed), workdir, stop) == 0
-            finally:
-                workdir.close()
+        assert train_here(micro(**changed), path) == 0
 
     run(tmp_path / "base", run={"steps": 2})
     preference = {"objective": {"name": "preference"}, "optimizer": {"accumulation": 1}}

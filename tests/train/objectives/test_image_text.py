@@ -21,6 +21,7 @@ from model.config import ModelConfig, VisionConfig
 from model.place import Place
 from model.weights import bind
 from tests.model import float64
+from tests.runs import train_here
 from tpu.errors import UserError
 from train.config import DataConfig, Experiment, ObjectiveConfig, OptimizerConfig, RunConfig
 from train.data.batch import Batch
@@ -32,9 +33,6 @@ from train.objectives.table import OBJECTIVES
 from train.program import make_program
 from train.resolve import resolve
 from train.restore import open_checkpoint
-from train.run import pretrain
-from train.signals import Stop
-from train.workdir import Workdir
 
 CLASSES, MATCHES = "image_text_classification", "image_text_matching"
 VIT = {"encoder": "vit", "image_size": 32, "patch_size": 16, "layers": 1, "embed_dim": 16, "heads": 2}
@@ -180,17 +178,13 @@ def test_matching_is_learned_by_heart(combine, one_device):
         assert np.abs(state.weights["image_gate"]).max() > 0.01
 
 
-@pytest.mark.usefixtures("one_processor")
 def test_questions_about_scenes_are_learned_and_a_run_goes_on(tmp_path: Path):
     """Better than the most frequent answer, on held-out scenes."""
     data = {"batch_size": 32}
 
     def run(steps: int) -> None:
         given = experiment(CLASSES, data=data, run={"steps": steps}, optimizer={"learning_rate": 5e-3})
-        workdir = Workdir(tmp_path / "run")
-        with Stop() as stop:
-            assert pretrain(resolve(given), workdir, stop) == 0
-        workdir.close()
+        assert train_here(resolve(given), tmp_path / "run") == 0
 
     run(20)
     run(60)

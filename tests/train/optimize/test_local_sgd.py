@@ -7,10 +7,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import os
-import signal
-from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -20,23 +16,19 @@ import optax
 import pytest
 
 from model.config import ModelConfig
-from tpu import host
+from tests.runs import terminated_at, train_here
 from tpu.compile import hlo
 from tpu.compile.hlo_counts import count
 from tpu.errors import UserError
 from tpu.mesh import make_mesh
 from train.checkpoint.checkpoint import Checkpointer
 from train.config import DataConfig, Experiment, MeshConfig, OptimizerConfig, RunConfig
-from train.data import pipeline
 from train.data.batch import Batch
 from train.optimize.local_sgd import outer_update
 from train.program import Program, make_program
 from train.resolve import on, resolve
 from train.restore import open_checkpoint
-from train.run import pretrain
-from train.signals import Stop
 from train.state import TrainState
-from train.workdir import Workdir
 
 ROWS, TOKENS, VOCAB = 8, 16, 20
 PLAIN = {"name": "sgd", "beta1": 0.0, "clip_norm": 0.0, "learning_rate": 0.3}
@@ -362,43 +354,14 @@ def test_eight_local_steps_learn_about_as_well_as_synchronous_ones():
 # From end to end
 
 
-@pytest.fixture
-def on_two_devices(monkeypatch) -> Callable[[Experiment, Path], int]:
-    """A function that trains in this process, on two devices, without measuring the processor."""
-    devices = jax.devices()[:2]
-    monkeypatch.setattr(jax, "devices", lambda: devices)
-    monkeypatch.setattr(host, "measured_matmul_rate", lambda dtype: 1e9)
-
-    def run(experiment: Experiment, path: Path) -> int:
-        with Stop() as stop:
-            workdir = Workdir(path)
-            try:
-                return pretrain(experiment, workdir, stop)
-            finally:
-                workdir.close()
-
-    return run
-
-
-def test_a_run_stopped_between_exchanges_goes_on_and_its_common_weights_are_served(
-    tmp_path, on_two_devices, micro, monkeypatch
-):
+def test_a_run_stopped_between_exchanges_goes_on_and_its_common_weights_are_served(tmp_path, micro):
     experiment = micro(mesh={"data": 2}, optimizer={"local_steps": 4, "accumulation": 1}, run={"eval_every": 4})
-    assert on_two_devices(experiment, tmp_path / "whole") == 0
-    original = pipeline.train_batches
-
-    def stopped_at_six(corpus: Any, data: DataConfig, seed: int, start_step: int, *more: Any) -> Iterator[Batch]:
-        for number, batch in enumerate(original(corpus, data, seed, start_step, *more), start_step + 1):
-            if number == 6:
-                os.kill(os.getpid(), signal.SIGTERM)
-            yield batch
-
-    with monkeypatch.context() as patch:
-        patch.setattr(pipeline, "train_batches", stopped_at_six)
-        assert on_two_devices(experiment, tmp_path / "parts") == 0
+    assert train_here(experiment, tmp_path / "whole", devices=2) == 0
+    with terminated_at(6):
+        assert train_here(experiment, tmp_path / "parts", devices=2) == 0
     between = open_checkpoint(tmp_path / "parts")
     assert between.step_dir.name == "6"
-    assert on_two_devices(experiment, tmp_path / "parts") == 0
+    assert train_here(experiment, tmp_path / "parts", devices=2) == 0
     whole, parts = open_checkpoint(tmp_path / "whole"), open_checkpoint(tmp_path / "parts")
     assert whole.step_dir.name == parts.step_dir.name == "8"
     assert same_bits(whole.weights, parts.weights)

@@ -217,14 +217,14 @@ def test_the_question_alone_says_little_of_the_answer(split):
 
 def test_no_composition_is_in_both_splits():
     def kept(split, seed):
-        found = [scenes.scene(seed, split, n) for n in range(10_000)]
-        found += [scenes.question(seed, split, n).scenes[0] for n in range(2_000)]
-        found += [scene for n in range(1_000) for scene in scenes.comparison(seed, split, n).scenes]
+        found = [scenes.scene(seed, split, n) for n in range(2_500)]
+        found += [scenes.question(seed, split, n).scenes[0] for n in range(500)]
+        found += [scene for n in range(250) for scene in scenes.comparison(seed, split, n).scenes]
         return {frozenset((t.colour, t.shape, t.row, t.column) for t in scene.things) for scene in found}
 
     train, test = kept("train", 0), kept("test", 1)
     assert not train & test
-    assert min(len(train), len(test)) > 5_000
+    assert min(len(train), len(test)) > 1_250
     for single in (train, test):  # both have scenes of every colour and shape
         assert {(c, s) for things in single for c, s, _, _ in things} == {(c, s) for c in COLOURS for s in SHAPES}
 
