@@ -176,20 +176,20 @@ def cache_dir() -> pathlib.Path:
 
 
 @functools.cache
-def measured_matmul_rate(dtype: str, size: int = 0, seconds: float = 0.5) -> float:
+def measured_matmul_rate(dtype: str, size: int = 0, seconds: float = 0.2) -> float:
     """Floating-point operations per second of a square matrix product on one device, best of several.
 
     Measured once a process.
 
     Args:
       dtype: of the operands; float32 is accumulated and returned.
-      size: rows of the matrices; 0 chooses 2,048 on CPU and 8,192 elsewhere.
+      size: rows of the matrices; 0 chooses 1,024 on CPU, whose peak few cores reach there, and 8,192 elsewhere.
       seconds: how long to go on measuring.
     """
     import jax
     import jax.numpy as jnp
 
-    size = size or (2048 if jax.default_backend() == "cpu" else 8192)
+    size = size or (1024 if jax.default_backend() == "cpu" else 8192)
     a = jax.random.normal(jax.random.key(0), (size, size), dtype)
     product = jax.jit(lambda a, b: jax.lax.dot(a, b, preferred_element_type=jnp.float32))
     product(a, a).block_until_ready()

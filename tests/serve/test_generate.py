@@ -341,7 +341,6 @@ def test_one_continuation_is_streamed_and_reported(command, tmp_path):
     assert len(found["tokens"]) == 40
     assert "".join(found["token_texts"]) == found["text"] == BYTES.decode(found["tokens"])
     assert np.all(np.array(found["logprobs"]) < 0)
-    assert command(*arguments).stdout == first.stdout
 
 
 def test_several_prompts_and_samples_at_once(command, tmp_path):

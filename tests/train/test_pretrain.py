@@ -295,18 +295,20 @@ def assert_ends_like(path: Path, undisturbed: Any, mesh: jax.sharding.Mesh) -> N
     assert losses(path) == undisturbed[1]
 
 
-def test_sigterm_saves_whatever_the_run_is_doing(tmp_path, drilled, undisturbed, one_device):
-    """While the first step compiles, and while the evaluation compiles; then it goes on to its end."""
+@pytest.mark.parametrize(
+    ("compiling", "last"), [pytest.param("step", 1, marks=pytest.mark.slow), ("evaluate", 20)], ids=["step", "evaluate"]
+)
+def test_sigterm_saves_whatever_the_run_is_doing(tmp_path, drilled, undisturbed, one_device, compiling, last):
+    """It compiles its first step, or its first evaluation; then it goes on to its end."""
     path = tmp_path / "run"
-    for pattern, last in [("Compiling jit.step", 1), ("Compiling jit.evaluate", 20)]:
-        process = start(path, drilled, JAX_LOG_COMPILES="1")
-        assert read_until(process, pattern)
-        process.send_signal(signal.SIGTERM)
-        out = end(process)
-        assert "SIGTERM: finishing the step in hand, saving, then leaving; once more stops at once\n" in out
-        told = re.search(r"^SIGTERM: step (\d+) is saved in .*; the same command goes on from there", out, re.MULTILINE)
-        assert steps_of(path)[-1] == max(losses(path)) == int(told[1]) == last
-        assert '"eval"' not in (path / "metrics.jsonl").read_text()
+    process = start(path, drilled, JAX_LOG_COMPILES="1")
+    assert read_until(process, f"Compiling jit.{compiling}")
+    process.send_signal(signal.SIGTERM)
+    out = end(process)
+    assert "SIGTERM: finishing the step in hand, saving, then leaving; once more stops at once\n" in out
+    told = re.search(r"^SIGTERM: step (\d+) is saved in .*; the same command goes on from there", out, re.MULTILINE)
+    assert steps_of(path)[-1] == max(losses(path)) == int(told[1]) == last
+    assert '"eval"' not in (path / "metrics.jsonl").read_text()
     assert "finished after" in end(start(path, drilled))
     assert_ends_like(path, undisturbed, one_device)
 

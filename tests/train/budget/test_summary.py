@@ -54,7 +54,7 @@ def flops(config: ModelConfig, context: int) -> int:
     return total
 
 
-@settings(max_examples=40)
+@settings(max_examples=15)
 @given(data=st.data())
 def test_counts_and_operations_of_any_model(model_configs, data):
     config = data.draw(model_configs).placed("cpu", "float32")
