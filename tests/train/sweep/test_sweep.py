@@ -628,7 +628,7 @@ MISTAKES = [
     ((SPACE, "--trials=3"), "--trials=3: a grid has all its points"),
     ((SPACE, "--method=best"), "<grid|random|tpe|gp>"),
     ((RATES, "--method=grid"), "a grid needs a list"),
-    ((SPACE, "--sweep_index=1"), "--sweep_index=2: there are 2 points, 0 to 1"),
+    ((SPACE, "--sweep_index=2"), "--sweep_index=2: there are 2 points, 0 to 1"),
     ((SPACE, "--sweep_index=1", "--workers=2"), "--workers=2: --sweep_index runs a single trial"),
     ((RATES, "--sweep_index=1", "--method=tpe"), "--sweep_index: the points of --method=tpe depend on results"),
     ((RATES, "--pruner=median"), "no evaluation before the end"),
