@@ -183,13 +183,14 @@ def measured_matmul_rate(dtype: str, size: int = 0, seconds: float = 0.2) -> flo
 
     Args:
       dtype: of the operands; float32 is accumulated and returned.
-      size: rows of the matrices; 0 chooses 1,024 on CPU, whose peak few cores reach there, and 8,192 elsewhere.
+      size: rows of the matrices; 0 chooses 1,024 where few cores reach their peak, 2,048 on other CPUs, else 8,192.
       seconds: how long to go on measuring.
     """
     import jax
     import jax.numpy as jnp
 
-    size = size or (1024 if jax.default_backend() == "cpu" else 8192)
+    on_cpu = 1024 if (os.cpu_count() or 1) <= 8 else 2048
+    size = size or (on_cpu if jax.default_backend() == "cpu" else 8192)
     a = jax.random.normal(jax.random.key(0), (size, size), dtype)
     product = jax.jit(lambda a, b: jax.lax.dot(a, b, preferred_element_type=jnp.float32))
     product(a, a).block_until_ready()

@@ -21,6 +21,7 @@ from train.checkpoint import checkpoint
 from train.config import AdapterConfig, Experiment
 from train.data.text import tokenizer as tokenizers
 from train.data.text.tokenizer import Tokenizer
+from train.layout import with_sharding
 from train.tree import from_dict
 
 POSITIONS = ("vision.encoder.vit.position_embedding", "vision.encoder.position_embedding")
@@ -47,7 +48,7 @@ def taken_over(weights: Weights, paths: Sequence[str], mesh: Mesh, vision: Visio
             raise UserError(f"run.start: {step_dir} is an adapter; merge it first (python -m train.adapter merge)")
         _, abstract, axes = kinds.build(experiment.model.placed("cpu", "float32"))
         layout = rules.tree_shardings(mesh, axes, abstract)
-        abstract = jax.tree.map(lambda w, s: jax.ShapeDtypeStruct(w.shape, w.dtype, sharding=s), abstract, layout)
+        abstract = jax.tree.map(with_sharding, abstract, layout)
         theirs = _by_path(checkpoint.load_weights(step_dir, abstract))
         seen = experiment.model.vision
         fitting = {

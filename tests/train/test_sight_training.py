@@ -25,7 +25,6 @@ from model.config import ModelConfig, VisionConfig
 from model.vision.vit import resampled
 from serve.classify import probabilities
 from tests.runs import drawn, train_here
-from tpu import rules
 from tpu.errors import UserError
 from tpu.mesh import make_mesh
 from train.adapter.frozen import Frozen, open_frozen
@@ -38,6 +37,7 @@ from train.evaluate.retrieval import class_vectors, embedders, recall_at, zero_s
 from train.evaluate.retrieval import figures as retrieval_figures
 from train.evaluate.sight_report import figures, page
 from train.finetune import on_base
+from train.layout import weights_layout
 from train.objectives.table import OBJECTIVES
 from train.resolve import resolve
 from train.restore import Trained, open_checkpoint
@@ -100,8 +100,7 @@ def begun(given: Experiment, *start: Path) -> dict[str, np.ndarray]:
     model, mesh = resolve(given).model, make_mesh(MeshConfig(), jax.devices())
     with jax.set_mesh(mesh):
         _, abstract, axes = kinds.build(model.placed("cpu", "float32"))
-        layout = rules.tree_shardings(mesh, axes, abstract)
-        abstract = jax.tree.map(lambda w, s: jax.ShapeDtypeStruct(w.shape, w.dtype, sharding=s), abstract, layout)
+        abstract = weights_layout(abstract, axes, mesh, given)
         return by_path(taken_over(drawn(abstract), [str(path) for path in start], mesh, model.vision))
 
 
